@@ -1,0 +1,100 @@
+/* cpu.c: the instruction sets, best first, and the choice among them; processors and memory. */
+#include "isa/isa.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <unistd.h>
+#endif
+
+#include "cpu.h"
+
+static bool always(void) { return true; }
+
+static float softmax_reference(float *s, float *largest) {
+    float sum = 0;
+    for (int t = 0; t < KVQ_BLOCK; t++) *largest = fmaxf(*largest, s[t]);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        s[t] = s[t] == -INFINITY ? 0.0f : expf(s[t] - *largest);
+        sum += s[t];
+    }
+    return sum;
+}
+
+static void swiglu_reference(float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+const kvq_isa kvq_isa_ref = {
+    .name = "ref", .supported = always, .softmax = softmax_reference, .swiglu = swiglu_reference};
+
+static const kvq_isa *const best_first[] = {
+#if defined(__x86_64__) || defined(_M_X64)
+    &kvq_isa_avx2,
+#endif
+    &kvq_isa_ref,
+};
+enum { N_ISA = sizeof best_first / sizeof *best_first };
+
+const char *kvq_isa_available(void) {
+    static _Thread_local char names[64];
+    size_t used = 0;
+    for (int i = 0; i < N_ISA; i++) {
+        if (!best_first[i]->supported()) continue;
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? "," : "",
+                                 best_first[i]->name);
+    }
+    return names;
+}
+
+kvq_status kvq_isa_choose(const kvq_isa **out) {
+    const char *const wanted = getenv("KVQ_ISA");
+    for (int i = 0; i < N_ISA; i++) {
+        if (wanted && *wanted && strcmp(wanted, best_first[i]->name) != 0) continue;
+        if (!best_first[i]->supported()) continue;
+        *out = best_first[i];
+        return KVQ_OK;
+    }
+    return kvq_fail(KVQ_ERR_ARGUMENT,
+                    "the environment variable KVQ_ISA is \"%.32s\", but the instruction sets available "
+                    "here are: %s",
+                    wanted ? wanted : "", kvq_isa_available());
+}
+
+kvq_status kvq_isa_selected(const char **name) {
+    const kvq_isa *isa;
+    const kvq_status status = kvq_isa_choose(&isa);
+    if (status == KVQ_OK) *name = isa->name;
+    return status;
+}
+
+int kvq_cpu_count(void) {
+#if defined(_WIN32)
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return (int)info.dwNumberOfProcessors;
+#else
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (int)n : 1;
+#endif
+}
+
+double kvq_memory_available(void) {
+#if defined(_WIN32)
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    GlobalMemoryStatusEx(&status);
+    return (double)status.ullAvailPhys;
+#else
+    FILE *const file = fopen("/proc/meminfo", "r"); /* Linux; absent elsewhere */
+    char line[128];
+    unsigned long long kib = 0;
+    while (file && !kib && fgets(line, sizeof line, file)) sscanf(line, "MemAvailable: %llu", &kib);
+    if (file) fclose(file);
+    if (kib) return 1024.0 * (double)kib;
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+#endif
+}

@@ -1,0 +1,47 @@
+/* isa_avx2.c: the kernels for x86-64 processors with AVX2, FMA and F16C. */
+#if defined(__x86_64__) || defined(_M_X64)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include <math.h>
+
+#include "isa/isa.h"
+
+#include "isa/vec_avx2.h"
+
+#include "isa/kv_kernels.inl"
+#include "isa/weight_kernels.inl"
+
+static bool supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+const kvq_isa kvq_isa_avx2 = {
+    .name = "avx2",
+    .supported = supported,
+    .quantize = quantize,
+    .matmul = {
+#define KVQ_WEIGHT(NAME, ID, BLOCK, BYTES) [KVQ_WEIGHT_##NAME] = matmul_##NAME,
+#include "weights.def"
+#undef KVQ_WEIGHT
+    },
+    .score = {[KVQ_CODEC_f16] = score_f16, [KVQ_CODEC_u2] = score_u2},
+    .accum = {[KVQ_CODEC_f16] = accum_f16, [KVQ_CODEC_c8] = accum_c8},
+    .score_rows = score_rows,
+    .accum_rows = accum_rows,
+    .softmax = softmax,
+    .swiglu = swiglu,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+typedef int kvq_isa_avx2_needs_x86; /* a translation unit may not be empty */
+#endif

@@ -1,0 +1,221 @@
+/* kv_kernels.inl: scores and sums over blocks and rows, in vector words (vec_*.h). Included by isa_*.c
+ * with the target switched on. Every function matches its reference in kv_ref.c within the tolerance of
+ * its row in tests/c/test_kv.c.
+ *
+ * Queries go in groups of up to KV_QUERIES, which share one unpacking of the codes; the group's size is a
+ * compile-time constant in each instance, so that its sums stay in registers.
+ */
+#define KV_QUERIES 4
+
+/* Calls FUNCTION(count, first) with a constant count for queries first .. first + count - 1 of n. */
+#define KV_IN_GROUPS(n, FUNCTION)                                                                    \
+    do {                                                                                             \
+        int first = 0;                                                                               \
+        for (; first + KV_QUERIES <= (n); first += KV_QUERIES) FUNCTION(4, first);                   \
+        if ((n) - first == 3) FUNCTION(3, first);                                                    \
+        if ((n) - first == 2) FUNCTION(2, first);                                                    \
+        if ((n) - first == 1) FUNCTION(1, first);                                                    \
+    } while (0)
+
+/* ---- rows of halves: sinks, recent tokens, and the codec f16 ----------------------------------- */
+
+static inline void score_rows_group(const int nq, float *s, const float *q, const uint16_t *rows,
+                                    int n_rows, int d) {
+    for (int t = 0; t < n_rows; t++) {
+        vf sum[KV_QUERIES];
+        for (int i = 0; i < nq; i++) sum[i] = vf_zero();
+        for (int c = 0; c < d; c += VF_LANES) {
+            const vf k = vf_load_f16(rows + t * d + c);
+            for (int i = 0; i < nq; i++) sum[i] = vf_fma(vf_load(q + i * d + c), k, sum[i]);
+        }
+        for (int i = 0; i < nq; i++) s[i * KVQ_BLOCK + t] = vf_sum(sum[i]);
+    }
+}
+
+static void score_rows(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d) {
+#define GROUP(NQ, FIRST)                                                                             \
+    score_rows_group(NQ, s + (FIRST)*KVQ_BLOCK, query->x + (FIRST)*d, rows, n_rows, d)
+    KV_IN_GROUPS(query->n, GROUP);
+#undef GROUP
+}
+
+static inline void accum_rows_group(const int nq, float *o, const float *p, const uint16_t *rows,
+                                    int n_rows, int d) {
+    for (int c = 0; c < d; c += 2 * VF_LANES) {
+        vf a[KV_QUERIES], b[KV_QUERIES];
+        for (int i = 0; i < nq; i++) {
+            a[i] = vf_load(o + i * d + c);
+            b[i] = vf_load(o + i * d + c + VF_LANES);
+        }
+        for (int t = 0; t < n_rows; t++) {
+            const vf va = vf_load_f16(rows + t * d + c), vb_ = vf_load_f16(rows + t * d + c + VF_LANES);
+            for (int i = 0; i < nq; i++) {
+                const vf weight = vf_set(p[i * KVQ_BLOCK + t]);
+                a[i] = vf_fma(weight, va, a[i]);
+                b[i] = vf_fma(weight, vb_, b[i]);
+            }
+        }
+        for (int i = 0; i < nq; i++) {
+            vf_store(o + i * d + c, a[i]);
+            vf_store(o + i * d + c + VF_LANES, b[i]);
+        }
+    }
+}
+
+static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d) {
+#define GROUP(NQ, FIRST) accum_rows_group(NQ, o + (FIRST)*d, p + (FIRST)*KVQ_BLOCK, rows, n_rows, d)
+    KV_IN_GROUPS(n, GROUP);
+#undef GROUP
+}
+
+static void score_f16(float *s, const kvq_query *query, const uint8_t *block, int d) {
+    score_rows(s, query, (const uint16_t *)(const void *)block, KVQ_BLOCK, d);
+}
+
+static void accum_f16(float *o, const float *p, int n, const uint8_t *block, int d) {
+    accum_rows(o, p, n, (const uint16_t *)(const void *)block, KVQ_BLOCK, d);
+}
+
+/* ---- u2: 2-bit keys ---------------------------------------------------------------------------- */
+
+/* Per query: x . key[t] = x . mean + step[t] * qs * (q . code[t] - 1.5 * sum q), all but the first term in
+ * integers. A 16-bit lane grows by at most 2 * 3 * 127 per product, 4 products per 16 channels: 128
+ * channels give at most 24384, so the sums are widened every 128 channels. */
+static inline void score_u2_group(const int nq, float *s, const kvq_query *query, int first,
+                                  const uint8_t *block, int d) {
+    const int8_t *const q = query->q + first * d;
+    const uint8_t *const means = block + KVQ_U2_HEADER, *codes = means + d;
+    const float mean_unit = kvq_load_f16(block), step_unit = kvq_load_f16(block + 2);
+    const vb low = vb_set(3);
+    float at_mean[KV_QUERIES];
+
+    for (int i = 0; i < nq; i++) {
+        vf sum = vf_zero();
+        for (int c = 0; c < d; c += VF_LANES) {
+            const vf m = vf_load_i8((const int8_t *)means + c);
+            sum = vf_fma(vf_load(query->x + (first + i) * d + c), m, sum);
+        }
+        at_mean[i] = mean_unit * vf_sum(sum);
+    }
+    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+        vi dot[KV_QUERIES];
+        for (int i = 0; i < nq; i++) dot[i] = vi_zero();
+        for (int c = 0; c < d;) {
+            const int stop = c + 128 < d ? c + 128 : d;
+            vi dot16[KV_QUERIES];
+            for (int i = 0; i < nq; i++) dot16[i] = vi_zero();
+            for (; c < stop; c += 16, codes += VB_LANES) {
+                const vb packed = vb_load(codes);
+                const vb k0 = vb_and(packed, low), k1 = vb_shr(packed, 2, low);
+                const vb k2 = vb_shr(packed, 4, low), k3 = vb_shr(packed, 6, low);
+                for (int i = 0; i < nq; i++) {
+                    const int8_t *const qc = q + i * d + c;
+                    const vi a = vi_add16(vi_madd_u8s8(k0, vi_set_lanes(qc)),
+                                          vi_madd_u8s8(k1, vi_set_lanes(qc + 4)));
+                    const vi b = vi_add16(vi_madd_u8s8(k2, vi_set_lanes(qc + 8)),
+                                          vi_madd_u8s8(k3, vi_set_lanes(qc + 12)));
+                    dot16[i] = vi_add16(dot16[i], vi_add16(a, b));
+                }
+            }
+            for (int i = 0; i < nq; i++) dot[i] = vi_add(dot[i], vi_widen16(dot16[i]));
+        }
+        const vf step = vf_mul(vf_load_u8(block + 4 + t), vf_set(step_unit));
+        for (int i = 0; i < nq; i++) {
+            const vf zero = vf_set(-1.5f * (float)query->sum[first + i]);
+            const vf product = vf_mul(vf_add(vf_from_vi(dot[i]), zero), vf_set(query->scale[first + i]));
+            vf_store(s + i * KVQ_BLOCK + t, vf_fma(product, step, vf_set(at_mean[i])));
+        }
+    }
+}
+
+static void score_u2(float *s, const kvq_query *query, const uint8_t *block, int d) {
+#define GROUP(NQ, FIRST) score_u2_group(NQ, s + (FIRST)*KVQ_BLOCK, query, FIRST, block, d)
+    KV_IN_GROUPS(query->n, GROUP);
+#undef GROUP
+}
+
+/* ---- c8: 1.5-bit values ------------------------------------------------------------------------ */
+
+/* One step: the points of 8 pairs at one token, weighted into the sums of every query. A look-up uses the
+ * low 3 bits of each lane only, so the bits above need no mask. */
+static inline void c8_add(const int nq, vf *x, vf *y, vi code, const float *weight) {
+    const vf px = vf_lookup8(vf_load(kvq_c8_x), code), py = vf_lookup8(vf_load(kvq_c8_y), code);
+    for (int i = 0; i < nq; i++) {
+        const vf w = vf_set(weight[i * KVQ_BLOCK]);
+        x[i] = vf_fma(w, px, x[i]);
+        y[i] = vf_fma(w, py, y[i]);
+    }
+}
+
+static inline void accum_c8_group(const int nq, float *o, const float *p, const uint8_t *block, int d) {
+    const vf unit = vf_set(kvq_load_f16(block));
+    const uint8_t *words = block + KVQ_C8_HEADER;
+    const vi one = vi_set(1);
+    float weight[KV_QUERIES * KVQ_BLOCK]; /* p times the scale of the token */
+    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+        const vf scale = vf_mul(vf_load_u8(block + 4 + t), unit);
+        for (int i = 0; i < nq; i++) {
+            vf_store(weight + i * KVQ_BLOCK + t, vf_mul(vf_load(p + i * KVQ_BLOCK + t), scale));
+        }
+    }
+    for (int c = 0; c < d; c += 16) {
+        vf x[KV_QUERIES], y[KV_QUERIES];
+        for (int i = 0; i < nq; i++) {
+            x[i] = vf_load(o + i * d + c);
+            y[i] = vf_load(o + i * d + c + 8);
+        }
+        for (int half = 0; half < 2; half++, words += 96) {
+            const float *const w = weight + half * 32;
+            vi word[3];
+            for (int k = 0; k < 3; k++) {
+                word[k] = vi_load(words + 32 * k);
+                for (int t = 0; t < 10; t++) {
+                    c8_add(nq, x, y, word[k], w + k * 10 + t);
+                    word[k] = vi_shr(word[k], 3);
+                }
+            } /* two bits are left in each word */
+            c8_add(nq, x, y, vi_or(word[0], vi_shl(vi_and(word[1], one), 2)), w + 30);
+            c8_add(nq, x, y, vi_or(vi_shr(word[1], 1), vi_shl(word[2], 1)), w + 31);
+        }
+        for (int i = 0; i < nq; i++) {
+            vf_store(o + i * d + c, x[i]);
+            vf_store(o + i * d + c + 8, y[i]);
+        }
+    }
+}
+
+static void accum_c8(float *o, const float *p, int n, const uint8_t *block, int d) {
+#define GROUP(NQ, FIRST) accum_c8_group(NQ, o + (FIRST)*d, p + (FIRST)*KVQ_BLOCK, block, d)
+    KV_IN_GROUPS(n, GROUP);
+#undef GROUP
+}
+
+/* ---- softmax ----------------------------------------------------------------------------------- */
+
+static float softmax(float *s, float *largest) {
+    vf most = vf_set(*largest), sum = vf_zero();
+    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) most = vf_max(most, vf_load(s + t));
+    *largest = vf_largest(most);
+    /* With every score -inf the offset must be finite, or -inf - -inf would make NaN. */
+    const vf offset = vf_set(*largest == -INFINITY ? 0.0f : -*largest);
+    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+        const vf e = vf_exp(vf_add(vf_load(s + t), offset));
+        vf_store(s + t, e);
+        sum = vf_add(sum, e);
+    }
+    return vf_sum(sum);
+}
+
+/* ---- feed-forward gate ------------------------------------------------------------------------- */
+
+/* With e = exp(-|x|), which cannot overflow: silu(x) = x * (x < 0 ? e : 1) / (1 + e). */
+static void swiglu(float *gate, const float *up, size_t n) {
+    size_t i = 0;
+    for (; i + VF_LANES <= n; i += VF_LANES) {
+        const vf x = vf_load(gate + i), e = vf_exp(vf_neg_abs(x));
+        const vf numerator = vf_mul(x, vf_where_negative(x, e, vf_set(1.0f)));
+        const vf silu = vf_div(numerator, vf_add(vf_set(1.0f), e));
+        vf_store(gate + i, vf_mul(silu, vf_load(up + i)));
+    }
+    for (; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}

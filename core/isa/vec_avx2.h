@@ -1,0 +1,222 @@
+/* vec_avx2.h: the vector words that the kernel texts (*_kernels.inl) are written in, for AVX2 + FMA + F16C.
+ *
+ * A word is one idea, not one instruction. vf: 8 f32. vi: 8 i32. vb: 32 bytes. Included by isa_avx2.c
+ * after it has switched its target on; another instruction set defines the same words.
+ */
+#ifndef KVQ_VEC_AVX2_H
+#define KVQ_VEC_AVX2_H
+
+#include <immintrin.h>
+
+#define VF_LANES 8 /* f32 in a vector */
+#define VB_LANES 32 /* bytes in a vector */
+
+typedef __m256 vf;
+typedef __m256i vi;
+typedef __m256i vb;
+
+static inline vf vf_zero(void) { return _mm256_setzero_ps(); }
+static inline vf vf_set(float x) { return _mm256_set1_ps(x); }
+static inline vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
+static inline vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); } /* a * b + c */
+static inline vf vf_load_f16(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+static inline vf vf_load_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline vf vf_load_u8(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline vf vf_from_vi(vi a) { return _mm256_cvtepi32_ps(a); }
+static inline float vf_sum(vf a) { /* of all lanes */
+    const __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+
+static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline float vf_largest(vf a) { /* of all lanes */
+    const __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+
+static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf vf_neg_abs(vf a) { return _mm256_or_ps(a, vf_set(-0.0f)); }
+static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of x */
+    return _mm256_blendv_ps(no, yes, x);
+}
+
+/* e^x for x <= 0, relative error below 2e-7; exactly 0 for x < -87, -inf included. x = n ln 2 + r with
+ * |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7, times 2^n put into the exponent. */
+static inline vf vf_exp(vf x) {
+    const vf n = _mm256_round_ps(_mm256_mul_ps(x, vf_set(1.44269504f)),
+                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf r = _mm256_fnmadd_ps(n, vf_set(0x1.62e4p-1f), x); /* the high bits of ln 2: n * high is exact */
+    r = _mm256_fnmadd_ps(n, vf_set(0x1.7f7d1cp-20f), r);
+    vf y = vf_set(1.0f / 5040);
+    y = vf_fma(y, r, vf_set(1.0f / 720));
+    y = vf_fma(y, r, vf_set(1.0f / 120));
+    y = vf_fma(y, r, vf_set(1.0f / 24));
+    y = vf_fma(y, r, vf_set(1.0f / 6));
+    y = vf_fma(y, r, vf_set(0.5f));
+    y = vf_fma(y, r, vf_set(1.0f));
+    y = vf_fma(y, r, vf_set(1.0f));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+    return _mm256_and_ps(y, _mm256_cmp_ps(x, vf_set(-87.0f), _CMP_GE_OQ));
+}
+
+/* table[index & 7] in each lane: a codebook of 8 entries */
+static inline vf vf_lookup8(vf table, vi index) { return _mm256_permutevar8x32_ps(table, index); }
+
+static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
+static inline vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+static inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+static inline vi vi_set_lanes(const void *p) { /* 4 bytes, repeated in all lanes */
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm256_set1_epi32(x);
+}
+#define vi_shr(a, n) _mm256_srli_epi32(a, n) /* n: a constant; zeros come in */
+#define vi_shl(a, n) _mm256_slli_epi32(a, n)
+
+static inline vb vb_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline vb vb_set(int x) { return _mm256_set1_epi8((char)x); }
+static inline vb vb_and(vb a, vb b) { return _mm256_and_si256(a, b); }
+#define vb_shr(a, n, mask) _mm256_and_si256(_mm256_srli_epi16(a, n), mask) /* per byte, if mask clears the rest */
+
+/* Adjacent products u * s summed in pairs into i16: u in 0..255, s in -127..127; the caller keeps every
+ * pair sum and the running sums inside i16. */
+static inline vi vi_madd_u8s8(vb u, vb s) { return _mm256_maddubs_epi16(u, s); }
+static inline vi vi_add16(vi a, vi b) { return _mm256_add_epi16(a, b); }
+static inline vi vi_widen16(vi a) { /* adjacent i16 summed into i32 */
+    return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
+}
+static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vi vi_dot4_u8s8(vi sum, vb u, vb s) { /* sum[i] += u[4i..4i+3] . s[4i..4i+3] */
+    return vi_add(sum, vi_widen16(vi_madd_u8s8(u, s)));
+}
+
+/* ---- words of the weight kernels --------------------------------------------------------------- */
+
+/* Asks for the cache line at p, any address. A macro: gcc deems a function that only prefetches pure, and
+ * drops the calls. */
+#define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+
+static inline float vf_first(vf a) { return _mm256_cvtss_f32(a); } /* lane 0 */
+static inline vf vf_load_bf16(const void *p) {
+    const __m128i halves = _mm_loadu_si128((const __m128i *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+static inline vf vf_from_f16_low(vi a) { /* the f16 in the low half of each lane */
+    const __m256i low = _mm256_shuffle_epi8(
+        a, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9,
+                            12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 0x08)));
+}
+
+/* The value itself, computed now: a compiler that knows addition to be associative turns an unrolled sum
+ * into a tree, whose many leaves leave the registers. */
+static inline vi vi_keep(vi a) {
+    __asm__("" : "+x"(a));
+    return a;
+}
+static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+static inline vi vi_madd16(vi a, vi b) { return _mm256_madd_epi16(a, b); } /* i16: a0 b0 + a1 b1 */
+static inline vi vi_low16(vi a) { /* the low i16 of each lane, twice */
+    return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, 0xa0), 0xa0);
+}
+static inline vi vi_high16(vi a) {
+    return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, 0xf5), 0xf5);
+}
+static inline vi vi_pair_i8(vi a, int pair) { /* signed bytes 0, 1 or 2, 3 of each lane, as two i16 */
+    const __m256i to_high = _mm256_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13,
+                                             -1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
+    const __m256i bytes = pair ? _mm256_srli_epi32(a, 16) : a;
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, to_high), 8);
+}
+
+/* Rows at p, p + stride, ..., one to a lane: the first 4 bytes of each, or the first 16 of each as 4
+ * vectors of 4 bytes per row. */
+static inline __m128i vi_load_4_rows(const uint8_t *p, size_t stride) {
+    int32_t r0, r1, r2, r3;
+    memcpy(&r0, p, 4);
+    memcpy(&r1, p + stride, 4);
+    memcpy(&r2, p + 2 * stride, 4);
+    memcpy(&r3, p + 3 * stride, 4);
+    return _mm_setr_epi32(r0, r1, r2, r3);
+}
+static inline vi vi_load_rows(const uint8_t *p, size_t stride) {
+    return _mm256_setr_m128i(vi_load_4_rows(p, stride), vi_load_4_rows(p + 4 * stride, stride));
+}
+static inline __m256i vb_load_two_rows(const uint8_t *low, const uint8_t *high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+                                   _mm_loadu_si128((const __m128i *)high), 1);
+}
+static inline void vb_load_quads(vb quads[4], const uint8_t *p, size_t stride) {
+    const uint8_t *const p4 = p + 4 * stride;
+    const __m256i r0 = vb_load_two_rows(p, p4), r1 = vb_load_two_rows(p + stride, p4 + stride);
+    const __m256i r2 = vb_load_two_rows(p + 2 * stride, p4 + 2 * stride);
+    const __m256i r3 = vb_load_two_rows(p + 3 * stride, p4 + 3 * stride);
+    const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
+    const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
+    quads[0] = _mm256_unpacklo_epi64(low01, low23);
+    quads[1] = _mm256_unpackhi_epi64(low01, low23);
+    quads[2] = _mm256_unpacklo_epi64(high01, high23);
+    quads[3] = _mm256_unpackhi_epi64(high01, high23);
+}
+
+static inline void vb_store(void *p, vb a) { _mm256_storeu_si256((__m256i *)p, a); }
+static inline vb vb_abs(vb a) { return _mm256_abs_epi8(a); } /* -128 gives 128, unsigned */
+static inline vb vb_sign(vb a, vb sign) { return _mm256_sign_epi8(a, sign); } /* a, -a or 0 */
+#define vb_shl(a, n, mask) _mm256_and_si256(_mm256_slli_epi16(a, n), mask) /* as vb_shr */
+
+/* Byte j of a lane of sixteens[i] is 16 where bit 4 i + j of that lane of `bits` is set, else 0. */
+static inline void vb_spread_bits(vb sixteens[8], vi bits) {
+    const __m256i byte0 = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
+                                            0x08080808, 0x0c0c0c0c);
+    const __m256i high_bits = _mm256_set1_epi32((int)0x80402010u), sixteen = _mm256_set1_epi8(16);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* byte i of the lane in all its bytes, a bit kept in each, cut to 16 */
+        const __m256i high = _mm256_shuffle_epi8(bits, _mm256_add_epi8(byte0, _mm256_set1_epi8((char)i)));
+        const __m256i low = _mm256_slli_epi16(high, 4);
+        sixteens[2 * i] = _mm256_min_epu8(_mm256_and_si256(low, high_bits), sixteen);
+        sixteens[2 * i + 1] = _mm256_min_epu8(_mm256_and_si256(high, high_bits), sixteen);
+    }
+}
+
+/* The largest magnitude of 32 numbers, NaN if one of them is: the bits of magnitudes order as integers. */
+static inline float vf_abs_max32(const float *p) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i top = _mm256_setzero_si256();
+    for (int i = 0; i < 32; i += 8) {
+        top = _mm256_max_epi32(top, _mm256_and_si256(vi_load(p + i), magnitude));
+    }
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(m));
+}
+/* 32 numbers times `factor`, rounded to nearest even, saturated to i8. */
+static inline vb vb_from_scaled_f32(const float *p, float factor) {
+    __m256i v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(vf_mul(vf_load(p + 8 * i), vf_set(factor)));
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+static inline void vb_sum_halves(int16_t sums[2], vb a) { /* signed bytes 0 to 15, and 16 to 31 */
+    const __m256i fours = vi_widen16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), a));
+    const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0x4e));
+    const __m256i all = _mm256_add_epi32(eights, _mm256_shuffle_epi32(eights, 0xb1));
+    sums[0] = (int16_t)_mm_cvtsi128_si32(_mm256_castsi256_si128(all));
+    sums[1] = (int16_t)_mm_cvtsi128_si32(_mm256_extracti128_si256(all, 1));
+}
+
+#endif

@@ -1,0 +1,327 @@
+/* kv_attend.c: attention over `sinks | sealed blocks | recent rows | new tokens`.
+ *
+ * Each query's softmax is taken in segments of fixed extent: runs of segment_blocks sealed blocks, then
+ * one segment of all f16 rows in blocks of 64 aligned to their index. Segments are independent, so threads
+ * share a long context; their partial results are merged in order. Neither the number of threads nor the
+ * cut of the tokens into passes changes the order of any sum.
+ */
+#include "kv/kv_attend.h"
+
+#include <math.h>
+
+enum {
+    TILE_QUERIES = 32, /* queries that share one unpacking of a block */
+    SEGMENT_BLOCKS = 16,
+    MOST_SEGMENTS = 32, /* of sealed blocks */
+};
+
+static int at_least(int a, int b) { return a > b ? a : b; }
+static int at_most(int a, int b) { return a < b ? a : b; }
+
+void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_scheme *scheme,
+                           const kvq_ring *ring, int n_heads, int d_head, int n_batch, int n_threads) {
+    a->basis[KVQ_KEYS] = scheme->basis_k;
+    a->basis[KVQ_VALUES] = scheme->basis_v;
+    a->n_heads = n_heads;
+    a->n_kv_heads = ring->n_heads;
+    a->group = n_heads / ring->n_heads;
+    a->d_head = d_head;
+    a->d = ring->d;
+    a->n_batch = n_batch;
+    a->tile = at_most(at_least(TILE_QUERIES / a->group, 1), n_batch);
+    a->segment_blocks = at_least(SEGMENT_BLOCKS, (ring->max_blocks + MOST_SEGMENTS - 1) / MOST_SEGMENTS);
+    a->max_segments = (ring->max_blocks + a->segment_blocks - 1) / a->segment_blocks + 1;
+
+    const size_t d = (size_t)a->d, kv_heads = (size_t)a->n_kv_heads, batch = (size_t)n_batch;
+    const size_t queries = (size_t)n_heads * batch, tile = (size_t)a->tile * (size_t)a->group;
+    /* scores, a total and a partial result of a tile, which also serves as one padded vector */
+    a->worker_floats = kvq_round_up(tile * (KVQ_BLOCK + 2 * (d + 2)), KVQ_ALIGN / sizeof(float));
+    a->q = kvq_arena_take(arena, queries * d * sizeof *a->q);
+    a->q8 = kvq_arena_take(arena, queries * d);
+    a->q8_scale = kvq_arena_take(arena, queries * sizeof *a->q8_scale);
+    a->q8_sum = kvq_arena_take(arena, queries * sizeof *a->q8_sum);
+    for (int side = 0; side < KVQ_SIDES; side++) {
+        a->rows[side] = kvq_arena_take(arena, kv_heads * batch * d * sizeof *a->rows[side]);
+    }
+    a->partial = kvq_arena_take(
+        arena, kv_heads * (size_t)a->max_segments * tile * (d + 2) * sizeof *a->partial);
+    a->worker = kvq_arena_take(arena, (size_t)n_threads * a->worker_floats * sizeof *a->worker);
+}
+
+/* What the tasks of one call share. */
+typedef struct call {
+    kvq_attention *a;
+    kvq_ring *ring;
+    float *out;
+    const float *q, *k, *v;
+    int n;        /* new tokens; the first has position ring->n */
+    int segments; /* of this call: those of sealed blocks, and one of rows */
+} call;
+
+/* ---- into the basis ---------------------------------------------------------------------------- */
+
+static size_t query_index(const kvq_attention *a, int kv_head, int t) {
+    return ((size_t)kv_head * (size_t)a->n_batch + (size_t)t) * (size_t)a->group;
+}
+
+static uint16_t *new_row(const kvq_attention *a, int side, int kv_head, int t) {
+    const size_t row = (size_t)kv_head * (size_t)a->n_batch + (size_t)t;
+    return a->rows[side] + row * (size_t)a->d;
+}
+
+static void quantize_query(int8_t *q8, float *scale, int32_t *sum, const float *x, int d) {
+    float largest = 0;
+    for (int c = 0; c < d; c++) largest = fmaxf(largest, fabsf(x[c]));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    *scale = largest / 127.0f;
+    *sum = 0;
+    for (int c = 0; c < d; c++) {
+        const float y = x[c] * inverse;
+        q8[c] = (int8_t)(y > -127.0f ? (y < 127.0f ? lrintf(y) : 127) : -127);
+        *sum += q8[c];
+    }
+}
+
+/* Queries, keys and values of one new token, padded and mapped into the basis of the cache. */
+static void prepare_token(void *context, int t, int worker) {
+    const call *const c = context;
+    kvq_attention *const a = c->a;
+    const int d = a->d, d_head = a->d_head;
+    const float over_root = 1.0f / sqrtf((float)d_head);
+    for (int h = 0; h < a->n_heads; h++) {
+        const size_t i = query_index(a, h / a->group, t) + (size_t)(h % a->group);
+        const float *const x = c->q + ((size_t)t * (size_t)a->n_heads + (size_t)h) * (size_t)d_head;
+        float *const y = a->q + i * (size_t)d;
+        for (int j = 0; j < d; j++) y[j] = j < d_head ? x[j] * over_root : 0.0f;
+        a->basis[KVQ_KEYS]->into(y, d);
+        quantize_query(a->q8 + i * (size_t)d, &a->q8_scale[i], &a->q8_sum[i], y, d);
+    }
+    float *const y = a->worker + (size_t)worker * a->worker_floats;
+    for (int side = 0; side < KVQ_SIDES; side++) {
+        const float *const all = side == KVQ_KEYS ? c->k : c->v;
+        for (int h = 0; h < a->n_kv_heads; h++) {
+            const size_t i = (size_t)t * (size_t)a->n_kv_heads + (size_t)h;
+            uint16_t *const row = new_row(a, side, h, t);
+            for (int j = 0; j < d; j++) y[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
+            a->basis[side]->into(y, d);
+            for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(y[j]);
+        }
+    }
+}
+
+/* ---- softmax over a segment -------------------------------------------------------------------- */
+
+/* The running result of n queries: o[i][d] is the sum of weight * value, sum[i] that of the weights, both
+ * relative to exp(largest[i]). */
+typedef struct running {
+    float *o, *largest, *sum;
+} running;
+
+static running running_at(float *memory, int n, int d) { /* n * (d + 2) floats */
+    return (running){memory, memory + (size_t)n * (size_t)d, memory + (size_t)n * (size_t)(d + 1)};
+}
+
+static void running_clear(running r, int n, int d) {
+    for (size_t i = 0; i < (size_t)n * (size_t)d; i++) r.o[i] = 0;
+    for (int i = 0; i < n; i++) {
+        r.largest[i] = -INFINITY;
+        r.sum[i] = 0;
+    }
+}
+
+static void rescale(running r, int i, int d, float factor) {
+    if (factor == 1.0f) return;
+    r.sum[i] *= factor;
+    for (int c = 0; c < d; c++) r.o[(size_t)i * (size_t)d + (size_t)c] *= factor;
+}
+
+/* Turns the scores of a block into weights and makes room for them in the running result. */
+static void weigh(const kvq_isa *isa, running r, float *s, int n, int d) {
+    for (int i = 0; i < n; i++) {
+        const float before = r.largest[i];
+        const float sum = isa->softmax(s + i * KVQ_BLOCK, &r.largest[i]);
+        if (r.largest[i] > before) rescale(r, i, d, expf(before - r.largest[i]));
+        r.sum[i] += sum;
+    }
+}
+
+static void merge(running into, running from, int n, int d) {
+    for (int i = 0; i < n; i++) {
+        const float largest = fmaxf(into.largest[i], from.largest[i]);
+        if (largest == -INFINITY) continue;
+        rescale(into, i, d, expf(into.largest[i] - largest));
+        const float factor = expf(from.largest[i] - largest);
+        into.largest[i] = largest;
+        into.sum[i] += factor * from.sum[i];
+        for (int c = 0; c < d; c++) {
+            const size_t j = (size_t)i * (size_t)d + (size_t)c;
+            into.o[j] += factor * from.o[j];
+        }
+    }
+}
+
+/* Scores, weighs and sums one block of f16 rows: positions first .. stop - 1, of which those below
+ * ring->n are held by the ring from `held_rows` on and the others are new. The queries of token t see
+ * positions up to ring->n + t. */
+static void attend_rows(const call *c, running r, float *s, const kvq_query *query, int kv_head,
+                        int tile_first, int first, int stop, uint16_t *const held_rows[KVQ_SIDES]) {
+    const kvq_attention *const a = c->a;
+    const int held = c->ring->n, d = a->d;
+    const int n_held = at_least(at_most(stop, held) - first, 0), n_new = stop - first - n_held;
+    const uint16_t *new_rows[KVQ_SIDES] = {NULL, NULL};
+    for (int side = 0; side < KVQ_SIDES && n_new; side++) {
+        new_rows[side] = new_row(a, side, kv_head, stop - n_new - held);
+    }
+    if (n_held) kvq_run_score_rows(a->isa, s, query, held_rows[KVQ_KEYS], n_held, d);
+    if (n_new) kvq_run_score_rows(a->isa, s + n_held, query, new_rows[KVQ_KEYS], n_new, d);
+    for (int i = 0; i < query->n; i++) {
+        const int seen = held + tile_first + i / a->group - first + 1;
+        for (int t = at_most(at_least(seen, 0), stop - first); t < KVQ_BLOCK; t++) {
+            s[i * KVQ_BLOCK + t] = -INFINITY;
+        }
+    }
+    weigh(a->isa, r, s, query->n, d);
+    if (n_held) kvq_run_accum_rows(a->isa, r.o, s, query->n, held_rows[KVQ_VALUES], n_held, d);
+    if (n_new) kvq_run_accum_rows(a->isa, r.o, s + n_held, query->n, new_rows[KVQ_VALUES], n_new, d);
+}
+
+/* The last segment: all rows in f16 that the tile's tokens may see, the sinks and then those that follow
+ * the sealed blocks. Blocks of 64 start at multiples of 64 counted from the first token of either kind, so
+ * that they never depend on where a pass begins. */
+static void attend_row_segment(const call *c, running r, float *s, const kvq_query *query, int kv_head,
+                               int tile_first, int tile_end) {
+    const kvq_ring *const ring = c->ring;
+    const int end = ring->n + tile_end, sinks_end = at_most(ring->sinks, end);
+    uint16_t *held[KVQ_SIDES];
+    for (int first = 0, stop; first < sinks_end; first = stop) {
+        stop = at_most(first + KVQ_BLOCK, sinks_end);
+        for (int side = 0; side < KVQ_SIDES; side++) {
+            held[side] = kvq_ring_sink(ring, kv_head, side, first);
+        }
+        attend_rows(c, r, s, query, kv_head, tile_first, first, stop, held);
+    }
+    for (int first = ring->sinks + ring->n_sealed * KVQ_BLOCK, stop; first < end; first = stop) {
+        stop = at_most(first + KVQ_BLOCK, end);
+        for (int side = 0; side < KVQ_SIDES; side++) {
+            held[side] = kvq_ring_recent(ring, kv_head, side, first - ring->sinks);
+        }
+        attend_rows(c, r, s, query, kv_head, tile_first, first, stop, held);
+    }
+}
+
+static void attend_segment(const call *c, running r, float *s, const kvq_query *query, int kv_head,
+                           int segment, int tile_first, int tile_end) {
+    const kvq_attention *const a = c->a;
+    const kvq_ring *const ring = c->ring;
+    running_clear(r, query->n, a->d);
+    if (segment == c->segments - 1) {
+        attend_row_segment(c, r, s, query, kv_head, tile_first, tile_end);
+        return;
+    }
+    const int stop = at_most((segment + 1) * a->segment_blocks, ring->n_sealed);
+    for (int b = segment * a->segment_blocks; b < stop; b++) {
+        kvq_run_score(a->isa, ring->codec[KVQ_KEYS], s, query, kvq_ring_block(ring, kv_head, KVQ_KEYS, b),
+                      a->d);
+        weigh(a->isa, r, s, query->n, a->d);
+        kvq_run_accum(a->isa, ring->codec[KVQ_VALUES], r.o, s, query->n,
+                      kvq_ring_block(ring, kv_head, KVQ_VALUES, b), a->d);
+    }
+}
+
+/* ---- tasks ------------------------------------------------------------------------------------- */
+
+static kvq_query query_of(const kvq_attention *a, int kv_head, int first, int end) {
+    const size_t i = query_index(a, kv_head, first);
+    return (kvq_query){.x = a->q + i * (size_t)a->d, .q = a->q8 + i * (size_t)a->d,
+                       .scale = a->q8_scale + i, .sum = a->q8_sum + i, .n = (end - first) * a->group};
+}
+
+/* Divides by the sum of weights, leaves the basis, writes the heads of the tile's tokens. */
+static void finish(const call *c, running r, int kv_head, int first, int end) {
+    const kvq_attention *const a = c->a;
+    const int d = a->d, d_head = a->d_head;
+    for (int i = 0; i < (end - first) * a->group; i++) {
+        float *const o = r.o + (size_t)i * (size_t)d;
+        const float over_sum = 1.0f / r.sum[i];
+        for (int j = 0; j < d; j++) o[j] *= over_sum;
+        a->basis[KVQ_VALUES]->back(o, d);
+        const size_t t = (size_t)(first + i / a->group);
+        const size_t h = (size_t)(kv_head * a->group + i % a->group);
+        memcpy(c->out + (t * (size_t)a->n_heads + h) * (size_t)d_head, o, (size_t)d_head * sizeof *o);
+    }
+}
+
+/* A prompt has tiles enough for all threads: a task is one tile of one KV head, segment after segment. */
+static void attend_tile(void *context, int task, int worker) {
+    const call *const c = context;
+    const kvq_attention *const a = c->a;
+    const int kv_head = task % a->n_kv_heads, first = task / a->n_kv_heads * a->tile;
+    const int end = at_most(first + a->tile, c->n), n_most = a->tile * a->group;
+    const kvq_query query = query_of(a, kv_head, first, end);
+    float *const s = a->worker + (size_t)worker * a->worker_floats;
+    float *const memory = s + n_most * KVQ_BLOCK;
+    const running total = running_at(memory, query.n, a->d);
+    const running part = running_at(memory + n_most * (a->d + 2), query.n, a->d);
+    running_clear(total, query.n, a->d);
+    for (int segment = 0; segment < c->segments; segment++) {
+        attend_segment(c, part, s, &query, kv_head, segment, first, end);
+        merge(total, part, query.n, a->d);
+    }
+    finish(c, total, kv_head, first, end);
+}
+
+/* A single tile is spread over segments instead: a task is one segment of one KV head. */
+static running partial_of(const call *c, int kv_head, int segment, int n) {
+    const kvq_attention *const a = c->a;
+    const size_t i = (size_t)kv_head * (size_t)a->max_segments + (size_t)segment;
+    return running_at(a->partial + i * (size_t)(a->tile * a->group) * (size_t)(a->d + 2), n, a->d);
+}
+
+static void attend_part(void *context, int task, int worker) {
+    const call *const c = context;
+    const kvq_attention *const a = c->a;
+    const int kv_head = task / c->segments, segment = task % c->segments;
+    const kvq_query query = query_of(a, kv_head, 0, c->n);
+    float *const s = a->worker + (size_t)worker * a->worker_floats;
+    attend_segment(c, partial_of(c, kv_head, segment, query.n), s, &query, kv_head, segment, 0, c->n);
+}
+
+static void finish_parts(const call *c) {
+    const kvq_attention *const a = c->a;
+    const int n = c->n * a->group;
+    const running total = running_at(a->worker, n, a->d);
+    for (int kv_head = 0; kv_head < a->n_kv_heads; kv_head++) {
+        running_clear(total, n, a->d);
+        for (int segment = 0; segment < c->segments; segment++) {
+            merge(total, partial_of(c, kv_head, segment, n), n, a->d);
+        }
+        finish(c, total, kv_head, 0, c->n);
+    }
+}
+
+static void append_side(void *context, int task, int worker) {
+    const call *const c = context;
+    const int kv_head = task / KVQ_SIDES, side = task % KVQ_SIDES;
+    (void)worker;
+    kvq_ring_append(c->ring, kv_head, side, new_row(c->a, side, kv_head, 0), c->n);
+}
+
+void kvq_attend(kvq_attention *a, kvq_ring *ring, float *out, const float *q, const float *k,
+                const float *v, int n) {
+    call c = {.a = a, .ring = ring, .out = out, .q = q, .k = k, .v = v, .n = n};
+    c.segments = (ring->n_sealed + a->segment_blocks - 1) / a->segment_blocks + 1;
+    kvq_pool_run(a->pool, n, prepare_token, &c);
+    if (n <= a->tile) {
+        kvq_pool_run(a->pool, a->n_kv_heads * c.segments, attend_part, &c);
+        finish_parts(&c);
+    } else {
+        const int tiles = (n + a->tile - 1) / a->tile;
+        kvq_pool_run(a->pool, tiles * a->n_kv_heads, attend_tile, &c);
+    }
+    if (kvq_ring_until_seal(ring) <= n) {
+        kvq_pool_run(a->pool, a->n_kv_heads * KVQ_SIDES, append_side, &c);
+    } else { /* a few copies: not worth a call to the threads */
+        for (int task = 0; task < a->n_kv_heads * KVQ_SIDES; task++) append_side(&c, task, 0);
+    }
+    kvq_ring_advance(ring, n);
+}

@@ -1,0 +1,306 @@
+/* kv_codec.c: the rows of codecs.def: how each codec packs a block and gives it back.
+ *
+ * Encoding is plain C, compiled with -ffp-contract=off, so that every machine writes the same bytes. A
+ * scale is first rounded to what is stored, then the codes are chosen with the rounded one (methods that
+ * do it the other way round lose a few percent; SKVQ's published code does).
+ */
+#include "kv/kv_codec.h"
+
+#include <math.h>
+
+/* x as an integer in lo..hi; NaN gives lo, so that hostile weights cannot make a conversion undefined. */
+static int clamped(float x, int lo, int hi) {
+    return x > (float)lo ? (x < (float)hi ? (int)x : hi) : lo;
+}
+
+/* ---- f16 --------------------------------------------------------------------------------------- */
+
+static void encode_f16(uint8_t *block, const uint16_t *rows, int d) {
+    memcpy(block, rows, kvq_f16_bytes(d));
+}
+
+static void decode_f16(float *x, const uint8_t *block, int d) {
+    for (int i = 0; i < KVQ_BLOCK * d; i++) x[i] = kvq_load_f16(block + 2 * i);
+}
+
+/* ---- ggml's Q8_0 and Q4_0, with ggml's rounding ------------------------------------------------ */
+
+static void encode_q8_0(uint8_t *block, const uint16_t *rows, int d) {
+    for (int first = 0; first < KVQ_BLOCK * d; first += 32, block += 34) {
+        float x[32], largest = 0;
+        for (int i = 0; i < 32; i++) {
+            x[i] = kvq_f16_to_f32(rows[first + i]);
+            largest = fmaxf(largest, fabsf(x[i]));
+        }
+        const float scale = largest / 127.0f, inverse = scale ? 1.0f / scale : 0.0f;
+        const uint16_t stored = kvq_f32_to_f16(scale);
+        memcpy(block, &stored, 2);
+        for (int i = 0; i < 32; i++) {
+            block[2 + i] = (uint8_t)clamped(roundf(x[i] * inverse), -128, 127);
+        }
+    }
+}
+
+static void decode_q8_0(float *x, const uint8_t *block, int d) {
+    for (int first = 0; first < KVQ_BLOCK * d; first += 32, block += 34) {
+        const float scale = kvq_load_f16(block);
+        for (int i = 0; i < 32; i++) x[first + i] = scale * (float)(int8_t)block[2 + i];
+    }
+}
+
+static int q4_0_code(float x, float inverse) { return clamped(x * inverse + 8.5f, 0, 15); }
+
+static void encode_q4_0(uint8_t *block, const uint16_t *rows, int d) {
+    for (int first = 0; first < KVQ_BLOCK * d; first += 32, block += 18) {
+        float x[32], extreme = 0; /* the value of largest magnitude maps to code 0 = -8 */
+        for (int i = 0; i < 32; i++) {
+            x[i] = kvq_f16_to_f32(rows[first + i]);
+            if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
+        }
+        const float scale = extreme / -8.0f, inverse = scale ? 1.0f / scale : 0.0f;
+        const uint16_t stored = kvq_f32_to_f16(scale);
+        memcpy(block, &stored, 2);
+        for (int i = 0; i < 16; i++) {
+            block[2 + i] = (uint8_t)(q4_0_code(x[i], inverse) | q4_0_code(x[i + 16], inverse) << 4);
+        }
+    }
+}
+
+static void decode_q4_0(float *x, const uint8_t *block, int d) {
+    for (int first = 0; first < KVQ_BLOCK * d; first += 32, block += 18) {
+        const float scale = kvq_load_f16(block);
+        for (int i = 0; i < 16; i++) {
+            x[first + i] = scale * (float)((block[2 + i] & 15) - 8);
+            x[first + i + 16] = scale * (float)((block[2 + i] >> 4) - 8);
+        }
+    }
+}
+
+/* ---- scales of u2 and c8 ----------------------------------------------------------------------- */
+
+/* Stores 64 positive scales in 8 bits each below one half for the block; gives them back as stored. The
+ * half is the largest scale / 255 rounded up a little, so that no code exceeds 255. */
+static void store_scales(uint8_t *half, uint8_t *codes, float scale[KVQ_BLOCK]) {
+    float largest = 0;
+    for (int t = 0; t < KVQ_BLOCK; t++) largest = fmaxf(largest, scale[t]);
+    const uint16_t unit_half = kvq_f32_to_f16(fminf(largest / 255.0f * 1.001f, 65504.0f));
+    const float unit = kvq_f16_to_f32(unit_half), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+    memcpy(half, &unit_half, 2);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        codes[t] = (uint8_t)clamped(scale[t] * inverse + 0.5f, 0, 255);
+        scale[t] = unit * (float)codes[t];
+    }
+}
+
+/* ---- u2 ---------------------------------------------------------------------------------------- */
+
+/* The step of 4 uniform levels that quantizes a unit normal variable with least mean square error. */
+#define U2_STEP 0.9957f
+
+static float u2_level(float x, float inverse) { /* code - 1.5, in {-1.5, -0.5, 0.5, 1.5} */
+    const float level = floorf(x * inverse) + 0.5f;
+    return fminf(fmaxf(level, -1.5f), 1.5f);
+}
+
+/* The step that fits x[d] best: from the normal optimum, two rounds of (codes for the step, least-squares
+ * step for the codes). */
+static float u2_fit_step(const float *x, int d) {
+    float power = 0;
+    for (int c = 0; c < d; c++) power += x[c] * x[c];
+    float step = U2_STEP * sqrtf(power / (float)d);
+    for (int round = 0; round < 2 && step > 0; round++) {
+        const float inverse = 1.0f / step;
+        float xy = 0, yy = 0;
+        for (int c = 0; c < d; c++) {
+            const float level = u2_level(x[c], inverse);
+            xy += x[c] * level;
+            yy += level * level;
+        }
+        step = xy / yy;
+    }
+    return step;
+}
+
+static int u2_byte(int t, int c, int d) { /* which byte of the codes holds channel c of token t */
+    return (t / 8 * (d / 16) + c / 16) * 32 + t % 8 * 4 + c % 4;
+}
+static int u2_shift(int c) { return c % 16 / 4 * 2; }
+
+static void encode_u2(uint8_t *block, const uint16_t *rows, int d) {
+    float x[KVQ_BLOCK][KVQ_D_MAX], mean[KVQ_D_MAX] = {0}, step[KVQ_BLOCK], largest = 0;
+    uint8_t *const means = block + KVQ_U2_HEADER, *const codes = means + d;
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int c = 0; c < d; c++) {
+            x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
+            mean[c] += x[t][c];
+        }
+    }
+    for (int c = 0; c < d; c++) {
+        mean[c] *= 1.0f / KVQ_BLOCK;
+        largest = fmaxf(largest, fabsf(mean[c]));
+    }
+    const uint16_t unit_half = kvq_f32_to_f16(largest / 127.0f * 1.001f);
+    const float unit = kvq_f16_to_f32(unit_half), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+    memcpy(block, &unit_half, 2);
+    for (int c = 0; c < d; c++) {
+        const int code = clamped(floorf(mean[c] * inverse + 0.5f), -127, 127);
+        means[c] = (uint8_t)code;
+        mean[c] = unit * (float)code;
+    }
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int c = 0; c < d; c++) x[t][c] -= mean[c];
+        step[t] = u2_fit_step(x[t], d);
+    }
+    store_scales(block + 2, block + 4, step);
+    memset(codes, 0, (size_t)d * 16);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        const float inverse_step = step[t] > 0 ? 1.0f / step[t] : 0.0f;
+        for (int c = 0; c < d; c++) {
+            const int code = clamped(u2_level(x[t][c], inverse_step) + 1.5f, 0, 3);
+            codes[u2_byte(t, c, d)] |= (uint8_t)(code << u2_shift(c));
+        }
+    }
+}
+
+static void decode_u2(float *x, const uint8_t *block, int d) {
+    const uint8_t *const means = block + KVQ_U2_HEADER, *const codes = means + d;
+    const float mean_unit = kvq_load_f16(block), step_unit = kvq_load_f16(block + 2);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        const float step = step_unit * (float)block[4 + t];
+        for (int c = 0; c < d; c++) {
+            const int code = codes[u2_byte(t, c, d)] >> u2_shift(c) & 3;
+            x[t * d + c] = mean_unit * (float)(int8_t)means[c] + step * ((float)code - 1.5f);
+        }
+    }
+}
+
+/* ---- c8 ---------------------------------------------------------------------------------------- */
+
+const float kvq_c8_x[8] = {0.357377f,  0.472107f,  0.923501f,  1.605338f,
+                           -0.357377f, -0.472107f, -0.923501f, -1.605338f};
+const float kvq_c8_y[8] = {-0.320978f, -1.565093f, 1.021948f,  -0.313764f,
+                           0.320978f,  1.565093f,  -1.021948f, 0.313764f};
+
+/* The nearest point to (x, y): the largest of x * px + y * py - |p|^2 / 2. Points 4..7 are 0..3 negated,
+ * so half of the products serve. */
+static int c8_nearest(float x, float y, const float half_square[4]) {
+    int best = 0;
+    float best_gain = -INFINITY;
+    for (int i = 0; i < 4; i++) {
+        const float dot = x * kvq_c8_x[i] + y * kvq_c8_y[i];
+        const float gain = fabsf(dot) - half_square[i];
+        if (gain > best_gain) {
+            best_gain = gain;
+            best = dot < 0 ? i + 4 : i;
+        }
+    }
+    return best;
+}
+
+static void c8_choose(uint8_t *code, const float *x, int d, float scale, const float half_square[4]) {
+    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (int c = 0, pair = 0; c < d; c += 16) {
+        for (int i = 0; i < 8; i++, pair++) {
+            code[pair] =
+                (uint8_t)c8_nearest(x[c + i] * inverse, x[c + i + 8] * inverse, half_square);
+        }
+    }
+}
+
+/* The scale that fits x[d] best: from its root mean square, two rounds of (codes for the scale,
+ * least-squares scale for the codes). */
+static float c8_fit_scale(const float *x, int d, const float half_square[4]) {
+    float power = 0;
+    uint8_t code[KVQ_D_MAX / 2];
+    for (int c = 0; c < d; c++) power += x[c] * x[c];
+    float scale = sqrtf(power / (float)d);
+    for (int round = 0; round < 2 && scale > 0; round++) {
+        float xy = 0, yy = 0;
+        c8_choose(code, x, d, scale, half_square);
+        for (int c = 0, pair = 0; c < d; c += 16) {
+            for (int i = 0; i < 8; i++, pair++) {
+                const float px = kvq_c8_x[code[pair]], py = kvq_c8_y[code[pair]];
+                xy += x[c + i] * px + x[c + i + 8] * py;
+                yy += px * px + py * py;
+            }
+        }
+        scale = xy / yy;
+    }
+    return scale;
+}
+
+/* Token t of 32 within the three words of its pair (kv_format.h). */
+static void c8_put(uint32_t *word, int t, uint32_t code) {
+    if (t < 30) {
+        word[t / 10 * 8] |= code << t % 10 * 3;
+    } else if (t == 30) {
+        word[0] |= (code & 3) << 30;
+        word[8] |= (code >> 2) << 30;
+    } else {
+        word[8] |= (code & 1) << 31;
+        word[16] |= (code >> 1) << 30;
+    }
+}
+
+static uint32_t c8_get(const uint32_t *word, int t) {
+    if (t < 30) return word[t / 10 * 8] >> t % 10 * 3 & 7;
+    if (t == 30) return word[0] >> 30 | (word[8] >> 30 & 1) << 2;
+    return word[8] >> 31 | (word[16] >> 30) << 1;
+}
+
+static void encode_c8(uint8_t *block, const uint16_t *rows, int d) {
+    float x[KVQ_BLOCK][KVQ_D_MAX], scale[KVQ_BLOCK], half_square[4];
+    for (int i = 0; i < 4; i++) {
+        half_square[i] = 0.5f * (kvq_c8_x[i] * kvq_c8_x[i] + kvq_c8_y[i] * kvq_c8_y[i]);
+    }
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int c = 0; c < d; c++) x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
+        scale[t] = c8_fit_scale(x[t], d, half_square);
+    }
+    memset(block, 0, kvq_c8_bytes(d));
+    store_scales(block, block + 4, scale);
+    for (int half = 0; half < 2; half++) {
+        uint32_t words[KVQ_D_MAX / 16 * 24] = {0};
+        for (int t = 0; t < 32; t++) {
+            uint8_t code[KVQ_D_MAX / 2];
+            c8_choose(code, x[half * 32 + t], d, scale[half * 32 + t], half_square);
+            for (int pair = 0; pair < d / 2; pair++) {
+                c8_put(words + pair / 8 * 24 + pair % 8, t, code[pair]);
+            }
+        }
+        for (int group = 0; group < d / 16; group++) {
+            memcpy(block + KVQ_C8_HEADER + (group * 2 + half) * 96, words + group * 24, 96);
+        }
+    }
+}
+
+static void decode_c8(float *x, const uint8_t *block, int d) {
+    const float unit = kvq_load_f16(block);
+    for (int group = 0; group < d / 16; group++) {
+        for (int half = 0; half < 2; half++) {
+            uint32_t words[24];
+            memcpy(words, block + KVQ_C8_HEADER + (group * 2 + half) * 96, 96);
+            for (int t = 0; t < 32; t++) {
+                const float scale = unit * (float)block[4 + half * 32 + t];
+                float *const y = x + (half * 32 + t) * d + group * 16;
+                for (int i = 0; i < 8; i++) {
+                    const uint32_t code = c8_get(words + i, t);
+                    y[i] = scale * kvq_c8_x[code];
+                    y[i + 8] = scale * kvq_c8_y[code];
+                }
+            }
+        }
+    }
+}
+
+/* ---- the table --------------------------------------------------------------------------------- */
+
+enum { multiple_f16 = KVQ_D_UNIT, multiple_u2 = KVQ_D_UNIT, multiple_c8 = KVQ_D_UNIT,
+       multiple_q8_0 = 32, multiple_q4_0 = 32 };
+
+const kvq_codec kvq_codecs[KVQ_CODECS] = {
+#define KVQ_CODEC(NAME, SUMMARY)                                                                     \
+    {#NAME, SUMMARY, multiple_##NAME, kvq_##NAME##_bytes, encode_##NAME, decode_##NAME},
+#include "kv/codecs.def"
+#undef KVQ_CODEC
+};

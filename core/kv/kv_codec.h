@@ -1,0 +1,58 @@
+/* kv_codec.h: a codec packs one block (kv_format.h) and works on it without unpacking it to memory.
+ *
+ * A codec is a row of codecs.def. Owns encoders, decoders and the reference score and accum; the fast ones
+ * stand in isa/. Knows no papers, positions or layers. Called by kv_ring.c (encode, decode) and
+ * kv_attend.c (score, accum through the instruction set).
+ */
+#ifndef KVQ_KV_CODEC_H
+#define KVQ_KV_CODEC_H
+
+#include "kv/kv_format.h"
+
+typedef enum kvq_codec_id {
+#define KVQ_CODEC(NAME, SUMMARY) KVQ_CODEC_##NAME,
+#include "kv/codecs.def"
+#undef KVQ_CODEC
+    KVQ_CODECS
+} kvq_codec_id;
+
+/* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head). The bytes
+ * are a second form of the same numbers, x ~ scale * q, for kernels that work in integers. */
+typedef struct kvq_query {
+    const float *x;     /* [n][d] */
+    const int8_t *q;    /* [n][d], in -127..127 */
+    const float *scale; /* [n] */
+    const int32_t *sum; /* [n] sum of q over its channels */
+    int n;
+} kvq_query;
+
+/* s[i * KVQ_BLOCK + t] = query i . key t, for the 64 tokens of a block. */
+typedef void kvq_score_fn(float *s, const kvq_query *query, const uint8_t *block, int d);
+
+/* o[i * d + c] += sum over t of p[i * KVQ_BLOCK + t] * value[t][c], for n rows of weights p. */
+typedef void kvq_accum_fn(float *o, const float *p, int n, const uint8_t *block, int d);
+
+/* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens). Tokens are added
+ * in their order, so a span may be cut anywhere without changing a bit of the result. */
+typedef void kvq_score_rows_fn(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d);
+typedef void kvq_accum_rows_fn(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d);
+
+typedef struct kvq_codec {
+    const char *name, *summary;
+    int d_multiple; /* widths it can pack are multiples of this */
+    size_t (*bytes)(int d);
+    /* rows[KVQ_BLOCK][d] halves, in the basis -> block. The same bytes on every machine: plain C without
+     * contraction of products into sums. */
+    void (*encode)(uint8_t *block, const uint16_t *rows, int d);
+    void (*decode)(float *x, const uint8_t *block, int d); /* x[KVQ_BLOCK][d] */
+} kvq_codec;
+
+extern const kvq_codec kvq_codecs[KVQ_CODECS];
+
+/* The reference: decodes and multiplies in plain loops. */
+void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block, int d);
+void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block, int d);
+kvq_score_rows_fn kvq_score_rows_reference;
+kvq_accum_rows_fn kvq_accum_rows_reference;
+
+#endif

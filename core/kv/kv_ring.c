@@ -1,0 +1,87 @@
+/* kv_ring.c: the ring of one layer: append, seal, truncate. */
+#include "kv/kv_ring.h"
+
+/* Takes a part and adds what it really occupies to *count. */
+static void *take(kvq_arena *arena, size_t *count, size_t bytes) {
+    const size_t before = arena->used;
+    void *const part = kvq_arena_take(arena, bytes);
+    *count += arena->used - before;
+    return part;
+}
+
+void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes, const kvq_scheme *scheme,
+                      int n_heads, int d_head, int sinks, int window, int n_ctx) {
+    const int d = kvq_padded_width(d_head), unsealed = sinks + window;
+    *ring = (kvq_ring){
+        .codec = {scheme->codec_k, scheme->codec_v}, .n_heads = n_heads, .d = d,
+        .sinks = sinks, .window = window,
+        .max_blocks = n_ctx > unsealed ? (n_ctx - unsealed) / KVQ_BLOCK : 0,
+        .recent_rows = (int)kvq_round_up((size_t)window + KVQ_BLOCK, KVQ_BLOCK),
+    };
+    const size_t heads = (size_t)n_heads, row = (size_t)d * 2;
+    for (int side = 0; side < KVQ_SIDES; side++) {
+        ring->block_bytes[side] = kvq_codecs[ring->codec[side]].bytes(d);
+        ring->sink[side] = take(arena, &bytes->sinks, heads * (size_t)sinks * row);
+        ring->recent[side] = take(arena, &bytes->recent, heads * (size_t)ring->recent_rows * row);
+        ring->sealed[side] =
+            take(arena, &bytes->sealed, heads * (size_t)ring->max_blocks * ring->block_bytes[side]);
+    }
+}
+
+/* Whether a block is sealed once the row of index i is in. */
+static bool seals(const kvq_ring *ring, int i, int n_sealed) {
+    return i + 1 - n_sealed * KVQ_BLOCK >= ring->window + KVQ_BLOCK;
+}
+
+void kvq_ring_append(const kvq_ring *ring, int head, int side, const uint16_t *rows, int n) {
+    const size_t row_bytes = (size_t)ring->d * 2;
+    int n_sealed = ring->n_sealed;
+    for (int t = 0; t < n; t++, rows += ring->d) {
+        const int token = ring->n + t, i = token - ring->sinks;
+        if (i < 0) {
+            memcpy(kvq_ring_sink(ring, head, side, token), rows, row_bytes);
+            continue;
+        }
+        memcpy(kvq_ring_recent(ring, head, side, i), rows, row_bytes);
+        if (seals(ring, i, n_sealed)) {
+            /* recent_rows is a multiple of the block, so a block's rows lie side by side. */
+            kvq_codecs[ring->codec[side]].encode(
+                kvq_ring_block(ring, head, side, n_sealed),
+                kvq_ring_recent(ring, head, side, n_sealed * KVQ_BLOCK), ring->d);
+            n_sealed++;
+        }
+    }
+}
+
+void kvq_ring_advance(kvq_ring *ring, int n) {
+    for (int t = 0; t < n; t++) {
+        const int i = ring->n++ - ring->sinks;
+        if (i >= 0 && seals(ring, i, ring->n_sealed)) ring->n_sealed++;
+    }
+}
+
+int kvq_ring_until_seal(const kvq_ring *ring) {
+    const int next_seal = ring->sinks + ring->n_sealed * KVQ_BLOCK + ring->window + KVQ_BLOCK;
+    return next_seal > ring->n ? next_seal - ring->n : 1;
+}
+
+static void unseal(const kvq_ring *ring, int block) {
+    float x[KVQ_BLOCK * KVQ_D_MAX];
+    for (int head = 0; head < ring->n_heads; head++) {
+        for (int side = 0; side < KVQ_SIDES; side++) {
+            uint16_t *const rows = kvq_ring_recent(ring, head, side, block * KVQ_BLOCK);
+            kvq_codecs[ring->codec[side]].decode(x, kvq_ring_block(ring, head, side, block), ring->d);
+            for (int i = 0; i < KVQ_BLOCK * ring->d; i++) rows[i] = kvq_f32_to_f16(x[i]);
+        }
+    }
+}
+
+void kvq_ring_truncate(kvq_ring *ring, int n) {
+    if (n >= ring->n) return;
+    const int rows = n > ring->sinks ? n - ring->sinks : 0, whole = rows / KVQ_BLOCK;
+    if (whole < ring->n_sealed) {
+        if (rows % KVQ_BLOCK) unseal(ring, whole);
+        ring->n_sealed = whole;
+    }
+    ring->n = n;
+}

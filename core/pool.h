@@ -1,0 +1,20 @@
+/* pool.h: the threads of one session. They run numbered tasks, handed out one by one; which thread runs
+ * which task never changes a result, since a task writes only what belongs to its number.
+ */
+#ifndef KVQ_POOL_H
+#define KVQ_POOL_H
+
+#include "base.h"
+
+typedef struct kvq_pool kvq_pool;
+typedef void kvq_task_fn(void *context, int task, int worker); /* worker: 0 .. n_threads - 1 */
+
+kvq_status kvq_pool_open(kvq_pool **out, int n_threads); /* the caller's thread is one of them */
+void kvq_pool_close(kvq_pool *pool);                     /* takes NULL */
+int kvq_pool_threads(const kvq_pool *pool);
+
+/* Runs tasks 0 .. n_tasks - 1 and returns when all are done. One caller at a time.
+ * (A job of more than 2^20 tasks runs on the caller's thread alone.) */
+void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context);
+
+#endif
