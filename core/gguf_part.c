@@ -7,7 +7,7 @@
 enum {
     HEADER_BYTES = 24,
     KEY_BYTES_MAX = 65535, /* by the specification */
-    NAME_BYTES_MAX = 256,  /* the specification says 64; fine-tuned models in use exceed it */
+    NAME_BYTES_MAX = 256,  /* the specification says 64; longer ones do no harm here */
     METADATA_BYTES_MIN = 14,
     TENSOR_BYTES_MIN = 33,
     ENTRIES_MAX = INT32_MAX /* so that every count and index fits 32 bits */

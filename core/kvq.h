@@ -98,6 +98,7 @@ typedef struct kvq_scheme_info {
     const char *name;
     const char *summary;               /* one line */
     const char *basis_k, *basis_v;     /* e.g. "hadamard" */
+    const char *basis_k_biased;        /* of keys in layers whose key projection has a bias */
     const char *codec_k, *codec_v;     /* e.g. "u2" */
     int32_t sinks, window;             /* defaults, in tokens */
     int32_t block;                     /* tokens per sealed block */

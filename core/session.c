@@ -128,7 +128,8 @@ static void lay_out_kv(kvq_session *s, kvq_arena *arena) {
     const kvq_config *const c = &s->model->config;
     s->bytes = (kvq_ring_bytes){0};
     for (uint32_t l = 0; l < c->n_layers; l++) {
-        kvq_ring_lay_out(&s->forward.rings[l], arena, &s->bytes, s->scheme, (int)c->n_kv_heads,
+        kvq_ring_lay_out(&s->forward.rings[l], arena, &s->bytes, s->scheme,
+                         s->model->layers[l].attn_k_bias.data != NULL, (int)c->n_kv_heads,
                          (int)c->d_head, s->sinks, s->window, s->n_ctx);
     }
 }
@@ -137,8 +138,8 @@ static void lay_out_scratch(kvq_session *s, kvq_arena *arena) {
     const kvq_config *const c = &s->model->config;
     kvq_forward *const f = &s->forward;
     kvq_forward_lay_out(f, arena);
-    kvq_attention_lay_out(&f->attention, arena, s->scheme, &f->rings[0], (int)c->n_heads,
-                          (int)c->d_head, s->n_batch, s->n_threads);
+    kvq_attention_lay_out(&f->attention, arena, &f->rings[0], (int)c->n_heads, (int)c->d_head,
+                          s->n_batch, s->n_threads);
 }
 
 /* Memory is claimed lazily by the system, which may grant more than there is and later kill the process:

@@ -1,13 +1,14 @@
 /* weights.c: the formats of weights, their reference dequantizers, and the reference product.
  *
- * A quantized value is `scale * code`, or `scale * code + minimum`. The plain formats have one f16 scale
- * per block of 32; the K formats have a super-block of 256 whose f16 scale is multiplied by a small integer
- * per sub-block. Layouts as published in ggml's ggml-common.h and the GGUF specification; the order of
- * rounding is ggml's, so that every value is the same bit for bit (tests/vectors/weights.bin).
+ * A quantized value is `scale * code`, or `scale * code + minimum`. The plain formats have one f16
+ * scale per block of 32; the K formats have a super-block of 256 whose f16 scale is multiplied by a
+ * small integer per sub-block. Layouts as published in ggml's ggml-common.h and the GGUF
+ * specification; the order of rounding is ggml's, so that every value is the same bit for bit
+ * (tests/vectors/weights.bin).
  */
 #include "weights.h"
 
-/* ---- floats ------------------------------------------------------------------------------------ */
+/* ---- floats ---------------------------------------------------------------------------------- */
 
 static void dequantize_F32(float *y, const uint8_t *row, size_t n) { memcpy(y, row, 4 * n); }
 
@@ -19,7 +20,7 @@ static void dequantize_BF16(float *y, const uint8_t *row, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = kvq_bf16_to_f32(kvq_load_u16(row + 2 * i));
 }
 
-/* ---- blocks of 32 ------------------------------------------------------------------------------ */
+/* ---- blocks of 32 ---------------------------------------------------------------------------- */
 
 /* Codes of 4 bits: byte i holds column i in its low half and column i + 16 in its high half. */
 static int nibble(const uint8_t codes[16], int column) {
@@ -75,14 +76,15 @@ static void dequantize_Q5_1(float *y, const uint8_t *row, size_t n) {
     }
 }
 
-/* ---- super-blocks of 256 ----------------------------------------------------------------------- */
+/* ---- super-blocks of 256 --------------------------------------------------------------------- */
 
 /* Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes, one pair for each sub-block of 32.
  * Byte i of the three groups of 4 (scales 0-3, minima 0-3, and the rest):
  *     group 0:  bits 0-5 scale i,    bits 6-7 high bits of scale i + 4
  *     group 1:  bits 0-5 minimum i,  bits 6-7 high bits of minimum i + 4
  *     group 2:  bits 0-3 low bits of scale i + 4,  bits 4-7 low bits of minimum i + 4 */
-static void unpack_scale_and_minimum(int *scale, int *minimum, const uint8_t packed[12], int sub_block) {
+static void unpack_scale_and_minimum(int *scale, int *minimum, const uint8_t packed[12],
+                                     int sub_block) {
     const int i = sub_block & 3;
     if (sub_block < 4) {
         *scale = packed[i] & 63;
@@ -93,7 +95,7 @@ static void unpack_scale_and_minimum(int *scale, int *minimum, const uint8_t pac
     }
 }
 
-/* | scale of scales f16 | scale of minima f16 | 12 bytes of scales and minima | 128 bytes of nibbles |
+/* | f16 unit of scales | f16 unit of minima | 12 bytes of both, as above | 128 bytes of nibbles |
  * Each 32 bytes of nibbles hold two sub-blocks: low halves the first, high halves the second. */
 static void dequantize_Q4_K(float *y, const uint8_t *row, size_t n) {
     for (; n > 0; n -= 256, row += 144) {
@@ -110,7 +112,8 @@ static void dequantize_Q4_K(float *y, const uint8_t *row, size_t n) {
     }
 }
 
-/* As Q4_K, with 32 bytes before the nibbles: bit s of byte c is the fifth bit of column c of sub-block s. */
+/* As Q4_K, with 32 bytes before the nibbles: bit s of byte c is the fifth bit of column c of
+ * sub-block s. */
 static void dequantize_Q5_K(float *y, const uint8_t *row, size_t n) {
     for (; n > 0; n -= 256, row += 176) {
         const float unit = kvq_load_f16(row), unit_minimum = kvq_load_f16(row + 2);
@@ -128,10 +131,10 @@ static void dequantize_Q5_K(float *y, const uint8_t *row, size_t n) {
     }
 }
 
-/* | 128 bytes: low 4 bits | 64 bytes: high 2 bits | 16 scales i8 | scale of scales f16 |, 32 stands for zero
- * Each half of 128 columns has 64 bytes of low and 32 of high bits. Its four runs of 32 columns take their
- * low bits from bytes 0-31 and 32-63, low halves, then the same bytes, high halves; run k takes bits 2k and
- * 2k + 1 of the high bytes. A scale serves 16 columns. */
+/* | 128 bytes of low 4 bits | 64 bytes of high 2 bits | 16 scales i8 | f16 unit of scales |
+ * Code 32 stands for zero; a scale serves 16 columns. Each half of 128 columns has 64 bytes of low
+ * and 32 of high bits. Its four runs of 32 columns take their low bits from bytes 0-31 and 32-63,
+ * low halves, then the same bytes, high halves; run k takes bits 2k, 2k + 1 of the high bytes. */
 static void dequantize_Q6_K(float *y, const uint8_t *row, size_t n) {
     for (; n > 0; n -= 256, row += 210) {
         const float unit = kvq_load_f16(row + 208);
@@ -145,7 +148,7 @@ static void dequantize_Q6_K(float *y, const uint8_t *row, size_t n) {
     }
 }
 
-/* ---- tables ------------------------------------------------------------------------------------ */
+/* ---- tables ---------------------------------------------------------------------------------- */
 
 const kvq_weight_format kvq_weight_formats[KVQ_WEIGHT_KINDS] = {
 #define KVQ_WEIGHT(NAME, ID, BLOCK, BYTES) {#NAME, ID, BLOCK, BYTES, dequantize_##NAME},
@@ -180,14 +183,15 @@ static const struct {
 };
 
 bool kvq_ggml_type_size(uint32_t ggml_id, const char **name, uint32_t *block, uint32_t *bytes) {
-    if (ggml_id >= sizeof ggml_types / sizeof *ggml_types || !ggml_types[ggml_id].name) return false;
+    const size_t n = sizeof ggml_types / sizeof *ggml_types;
+    if (ggml_id >= n || !ggml_types[ggml_id].name) return false;
     *name = ggml_types[ggml_id].name;
     *block = ggml_types[ggml_id].block;
     *bytes = ggml_types[ggml_id].bytes;
     return true;
 }
 
-/* ---- product ----------------------------------------------------------------------------------- */
+/* ---- product --------------------------------------------------------------------------------- */
 
 #define RUN 256  /* columns dequantized at a time: a multiple of every block */
 #define GROUP 32 /* tokens that share one dequantization */
@@ -204,10 +208,11 @@ void kvq_matmul_reference(kvq_weight_kind kind, float *y, size_t y_stride, const
             double sum[GROUP] = {0};
             for (size_t c = 0; c < x->n_cols; c += RUN) {
                 const size_t run = x->n_cols - c < RUN ? x->n_cols - c : RUN;
-                format->dequantize(values, w + r * bytes_row + c / format->block * format->bytes, run);
+                const uint8_t *const blocks = w + r * bytes_row + c / format->block * format->bytes;
+                format->dequantize(values, blocks, run);
                 for (size_t t = 0; t < n; t++) {
-                    const float *const columns = x->x + (first + t) * x->n_cols + c;
-                    for (size_t i = 0; i < run; i++) sum[t] += (double)values[i] * (double)columns[i];
+                    const float *const in = x->x + (first + t) * x->n_cols + c;
+                    for (size_t i = 0; i < run; i++) sum[t] += (double)values[i] * (double)in[i];
                 }
             }
             for (size_t t = 0; t < n; t++) y[(first + t) * y_stride + r] = (float)sum[t];

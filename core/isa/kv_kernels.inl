@@ -78,25 +78,47 @@ static void accum_f16(float *o, const float *p, int n, const uint8_t *block, int
 
 /* ---- u2: 2-bit keys ---------------------------------------------------------------------------- */
 
-/* Per query: x . key[t] = x . mean + step[t] * qs * (q . code[t] - 1.5 * sum q), all but the first term in
- * integers. A 16-bit lane grows by at most 2 * 3 * 127 per product, 4 products per 16 channels: 128
- * channels give at most 24384, so the sums are widened every 128 channels. */
-static inline void score_u2_group(const int nq, float *s, const kvq_query *query, int first,
-                                  const uint8_t *block, int d) {
-    const int8_t *const q = query->q + first * d;
-    const uint8_t *const means = block + KVQ_U2_HEADER, *codes = means + d;
-    const float mean_unit = kvq_load_f16(block), step_unit = kvq_load_f16(block + 2);
-    const vb low = vb_set(3);
-    float at_mean[KV_QUERIES];
+/* A query meets the scales of a block's channels once, then works in integers:
+ *     x . key[t] = x . mean + a[t] * unit * (q . code[t] - 1.5 * sum q),   unit * q[c] ~ x[c] * b[c]
+ * Rounding q to 8 bits adds an error some twenty times below that of the 2-bit codes themselves. */
+typedef struct u2_query {
+    int8_t q[KVQ_D_MAX];
+    float at_mean, unit, zero; /* zero: -1.5 * sum q */
+} u2_query;
 
-    for (int i = 0; i < nq; i++) {
-        vf sum = vf_zero();
-        for (int c = 0; c < d; c += VF_LANES) {
-            const vf m = vf_load_i8((const int8_t *)means + c);
-            sum = vf_fma(vf_load(query->x + (first + i) * d + c), m, sum);
-        }
-        at_mean[i] = mean_unit * vf_sum(sum);
+static inline void u2_prepare(u2_query *u, const float *x, const uint8_t *block, int d) {
+    const int8_t *const means = (const int8_t *)block + KVQ_U2_HEADER;
+    const uint8_t *const channels = block + KVQ_U2_HEADER + d;
+    const float mean_unit = kvq_load_f16(block), channel_unit = kvq_load_f16(block + 4);
+    float scaled[KVQ_D_MAX];
+    vf at_mean = vf_zero(), lowest = vf_zero();
+    for (int c = 0; c < d; c += VF_LANES) {
+        const vf xc = vf_load(x + c), y = vf_mul(xc, vf_load_u8(channels + c));
+        at_mean = vf_fma(xc, vf_load_i8(means + c), at_mean);
+        lowest = vf_min(lowest, vf_neg_abs(y));
+        vf_store(scaled + c, y);
     }
+    const float largest = vf_largest(vf_neg(lowest));
+    const vf inverse = vf_set(largest > 0 ? 127.0f / largest : 0.0f);
+    vi sum = vi_zero();
+    for (int c = 0; c < d; c += VF_LANES) {
+        const vi rounded = vi_from_vf(vf_mul(vf_load(scaled + c), inverse));
+        sum = vi_add(sum, rounded);
+        vi_store_i8(u->q + c, rounded);
+    }
+    u->at_mean = mean_unit * vf_sum(at_mean);
+    u->unit = channel_unit * largest / 127.0f;
+    u->zero = -1.5f * vf_sum(vf_from_vi(sum));
+}
+
+/* A 16-bit lane grows by at most 2 * 3 * 127 per product, 4 products per 16 channels: 128 channels give at
+ * most 24384, so the sums are widened every 128 channels. */
+static inline void score_u2_group(const int nq, float *s, const float *x, const uint8_t *block, int d) {
+    const uint8_t *codes = block + KVQ_U2_HEADER + 2 * d;
+    const vf token_unit = vf_set(kvq_load_f16(block + 2));
+    const vb low = vb_set(3);
+    u2_query u[KV_QUERIES];
+    for (int i = 0; i < nq; i++) u2_prepare(&u[i], x + i * d, block, d);
     for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
         vi dot[KV_QUERIES];
         for (int i = 0; i < nq; i++) dot[i] = vi_zero();
@@ -109,27 +131,26 @@ static inline void score_u2_group(const int nq, float *s, const kvq_query *query
                 const vb k0 = vb_and(packed, low), k1 = vb_shr(packed, 2, low);
                 const vb k2 = vb_shr(packed, 4, low), k3 = vb_shr(packed, 6, low);
                 for (int i = 0; i < nq; i++) {
-                    const int8_t *const qc = q + i * d + c;
-                    const vi a = vi_add16(vi_madd_u8s8(k0, vi_set_lanes(qc)),
-                                          vi_madd_u8s8(k1, vi_set_lanes(qc + 4)));
-                    const vi b = vi_add16(vi_madd_u8s8(k2, vi_set_lanes(qc + 8)),
-                                          vi_madd_u8s8(k3, vi_set_lanes(qc + 12)));
-                    dot16[i] = vi_add16(dot16[i], vi_add16(a, b));
+                    const int8_t *const q = u[i].q + c;
+                    const vi first = vi_add16(vi_madd_u8s8(k0, vi_set_lanes(q)),
+                                              vi_madd_u8s8(k1, vi_set_lanes(q + 4)));
+                    const vi second = vi_add16(vi_madd_u8s8(k2, vi_set_lanes(q + 8)),
+                                               vi_madd_u8s8(k3, vi_set_lanes(q + 12)));
+                    dot16[i] = vi_add16(dot16[i], vi_add16(first, second));
                 }
             }
             for (int i = 0; i < nq; i++) dot[i] = vi_add(dot[i], vi_widen16(dot16[i]));
         }
-        const vf step = vf_mul(vf_load_u8(block + 4 + t), vf_set(step_unit));
+        const vf a = vf_mul(vf_load_u8(block + 8 + t), token_unit);
         for (int i = 0; i < nq; i++) {
-            const vf zero = vf_set(-1.5f * (float)query->sum[first + i]);
-            const vf product = vf_mul(vf_add(vf_from_vi(dot[i]), zero), vf_set(query->scale[first + i]));
-            vf_store(s + i * KVQ_BLOCK + t, vf_fma(product, step, vf_set(at_mean[i])));
+            const vf product = vf_mul(vf_add(vf_from_vi(dot[i]), vf_set(u[i].zero)), vf_set(u[i].unit));
+            vf_store(s + i * KVQ_BLOCK + t, vf_fma(product, a, vf_set(u[i].at_mean)));
         }
     }
 }
 
 static void score_u2(float *s, const kvq_query *query, const uint8_t *block, int d) {
-#define GROUP(NQ, FIRST) score_u2_group(NQ, s + (FIRST)*KVQ_BLOCK, query, FIRST, block, d)
+#define GROUP(NQ, FIRST) score_u2_group(NQ, s + (FIRST)*KVQ_BLOCK, query->x + (FIRST)*d, block, d)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }

@@ -46,6 +46,8 @@ static inline float vf_largest(vf a) { /* of all lanes */
 }
 
 static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf vf_neg(vf a) { return _mm256_xor_ps(a, vf_set(-0.0f)); }
 static inline vf vf_neg_abs(vf a) { return _mm256_or_ps(a, vf_set(-0.0f)); }
 static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of x */
     return _mm256_blendv_ps(no, yes, x);
@@ -74,6 +76,11 @@ static inline vf vf_exp(vf x) {
 /* table[index & 7] in each lane: a codebook of 8 entries */
 static inline vf vf_lookup8(vf table, vi index) { return _mm256_permutevar8x32_ps(table, index); }
 
+static inline vi vi_from_vf(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest even */
+static inline void vi_store_i8(int8_t *p, vi a) { /* the low byte of each lane; lanes in -128..127 */
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
 static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
 static inline vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
@@ -104,10 +111,10 @@ static inline vi vi_dot4_u8s8(vi sum, vb u, vb s) { /* sum[i] += u[4i..4i+3] . s
     return vi_add(sum, vi_widen16(vi_madd_u8s8(u, s)));
 }
 
-/* ---- words of the weight kernels --------------------------------------------------------------- */
+/* ---- words of the weight kernels ------------------------------------------------------------- */
 
-/* Asks for the cache line at p, any address. A macro: gcc deems a function that only prefetches pure, and
- * drops the calls. */
+/* Asks for the cache line at p, which may be any address. A macro, because gcc deems a function that
+ * only prefetches pure and drops the calls. */
 #define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 
 static inline float vf_first(vf a) { return _mm256_cvtss_f32(a); } /* lane 0 */
@@ -116,14 +123,13 @@ static inline vf vf_load_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 static inline vf vf_from_f16_low(vi a) { /* the f16 in the low half of each lane */
-    const __m256i low = _mm256_shuffle_epi8(
-        a, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9,
-                            12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m128i low_bytes = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i low = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(low_bytes));
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 0x08)));
 }
 
-/* The value itself, computed now: a compiler that knows addition to be associative turns an unrolled sum
- * into a tree, whose many leaves leave the registers. */
+/* The value itself, computed now: gcc regroups an unrolled sum of integers into a tree, whose many
+ * leaves do not fit the registers. */
 static inline vi vi_keep(vi a) {
     __asm__("" : "+x"(a));
     return a;
@@ -136,15 +142,14 @@ static inline vi vi_low16(vi a) { /* the low i16 of each lane, twice */
 static inline vi vi_high16(vi a) {
     return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, 0xf5), 0xf5);
 }
-static inline vi vi_pair_i8(vi a, int pair) { /* signed bytes 0, 1 or 2, 3 of each lane, as two i16 */
-    const __m256i to_high = _mm256_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13,
-                                             -1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
+static inline vi vi_pair_i8(vi a, int pair) { /* signed bytes 0, 1 or 2, 3 of a lane, as two i16 */
+    const __m128i high = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
     const __m256i bytes = pair ? _mm256_srli_epi32(a, 16) : a;
-    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, to_high), 8);
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(high)), 8);
 }
 
-/* Rows at p, p + stride, ..., one to a lane: the first 4 bytes of each, or the first 16 of each as 4
- * vectors of 4 bytes per row. */
+/* Rows at p, p + stride, ..., one to a lane: the first 4 bytes of each (vi_load_rows), or the first
+ * 16 as 4 vectors of 4 bytes per row (vb_load_quads). */
 static inline __m128i vi_load_4_rows(const uint8_t *p, size_t stride) {
     int32_t r0, r1, r2, r3;
     memcpy(&r0, p, 4);
@@ -180,19 +185,19 @@ static inline vb vb_sign(vb a, vb sign) { return _mm256_sign_epi8(a, sign); } /*
 
 /* Byte j of a lane of sixteens[i] is 16 where bit 4 i + j of that lane of `bits` is set, else 0. */
 static inline void vb_spread_bits(vb sixteens[8], vi bits) {
-    const __m256i byte0 = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
-                                            0x08080808, 0x0c0c0c0c);
+    const __m128i first_bytes = _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const __m256i byte0 = _mm256_broadcastsi128_si256(first_bytes);
     const __m256i high_bits = _mm256_set1_epi32((int)0x80402010u), sixteen = _mm256_set1_epi8(16);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* byte i of the lane in all its bytes, a bit kept in each, cut to 16 */
-        const __m256i high = _mm256_shuffle_epi8(bits, _mm256_add_epi8(byte0, _mm256_set1_epi8((char)i)));
-        const __m256i low = _mm256_slli_epi16(high, 4);
+    for (int i = 0; i < 4; i++) { /* byte i of a lane in all its bytes, one bit kept in each */
+        const __m256i byte_i = _mm256_add_epi8(byte0, _mm256_set1_epi8((char)i));
+        const __m256i high = _mm256_shuffle_epi8(bits, byte_i), low = _mm256_slli_epi16(high, 4);
         sixteens[2 * i] = _mm256_min_epu8(_mm256_and_si256(low, high_bits), sixteen);
         sixteens[2 * i + 1] = _mm256_min_epu8(_mm256_and_si256(high, high_bits), sixteen);
     }
 }
 
-/* The largest magnitude of 32 numbers, NaN if one of them is: the bits of magnitudes order as integers. */
+/* The largest magnitude of 32 numbers, NaN if one of them is: magnitudes order as their bits do. */
 static inline float vf_abs_max32(const float *p) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i top = _mm256_setzero_si256();
@@ -207,9 +212,12 @@ static inline float vf_abs_max32(const float *p) {
 /* 32 numbers times `factor`, rounded to nearest even, saturated to i8. */
 static inline vb vb_from_scaled_f32(const float *p, float factor) {
     __m256i v[4];
-    for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(vf_mul(vf_load(p + 8 * i), vf_set(factor)));
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
-    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_cvtps_epi32(vf_mul(vf_load(p + 8 * i), vf_set(factor)));
+    }
+    const __m256i low = _mm256_packs_epi32(v[0], v[1]), high = _mm256_packs_epi32(v[2], v[3]);
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works in halves */
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), in_order);
 }
 static inline void vb_sum_halves(int16_t sums[2], vb a) { /* signed bytes 0 to 15, and 16 to 31 */
     const __m256i fours = vi_widen16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), a));

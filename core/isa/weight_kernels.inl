@@ -1,14 +1,15 @@
-/* weight_kernels.inl: products of weights with activations, in vector words (vec_*.h). Included by isa_*.c
- * with the target switched on, which takes `quantize` and a matmul_NAME for each row of weights.def.
+/* weight_kernels.inl: products of weights with activations, in vector words (vec_*.h). Included by
+ * isa_*.c with the target switched on, for its table: `quantize`, and a matmul_NAME for each row of
+ * weights.def.
  *
- * Quantized weights. VF_LANES rows make a panel, a row to a lane. A tile is up to TILE_BLOCKS blocks of 32
- * columns of a panel, unpacked to bytes on the stack so that any number of tokens can share the unpacking:
- * code vector i of a block holds, in lane r, columns 4i to 4i + 3 of row r. Multiplied by the same four
- * columns of a token in all lanes, eight such vectors give the integer dot products of the block for all
- * the rows at once, with no sum across lanes, and
- *     sum[r] += x_scale * (scale[r] * (code . q)[r] + minimum[r] * (sum of q)).
- * Each sum is one chain over the blocks from first to last: it does not depend on how many tokens or
- * rows come together, so neither does a bit of the result.
+ * Quantized weights. VF_LANES rows make a panel, a row to a lane. A tile is up to TILE_BLOCKS
+ * blocks of 32 columns of a panel, unpacked to bytes on the stack so that any number of tokens can
+ * share the unpacking: code vector i of a block holds, in lane r, columns 4i to 4i + 3 of row r.
+ * Multiplied by the same four columns of a token in all lanes, eight such vectors give the integer
+ * dot products of the block for all the rows at once, with no sum across lanes, and
+ *     sum[r] += scale_of_x * (scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
+ * Each sum is one chain over the blocks from first to last, however many tokens and rows come
+ * together: their number changes no bit of a result.
  *
  * Float weights are multiplied with the f32 activations, columns in lanes.
  */
@@ -25,7 +26,7 @@ typedef struct weight_tile {
     vi half_scales[TILE_BLOCKS]; /* Q6_K: two i16 per lane, for the halves of the block */
 } weight_tile;
 
-/* ---- unpacking: `n` blocks from `p`, which points at the panel's first row ---------------------- */
+/* ---- unpacking: `n` blocks from `p`, which points at the panel's first row ------------------- */
 
 typedef void unpack_fn(weight_tile *tile, const uint8_t *p, size_t stride, int n);
 
@@ -113,7 +114,8 @@ WEIGHT_INLINE void unpack_scales_and_minima(weight_tile *tile, const uint8_t *p,
 }
 
 /* 32 bytes of nibbles per row: low halves are block b, high halves block b + 1. */
-WEIGHT_INLINE void unpack_nibbles_of_two(weight_tile *tile, int b, const uint8_t *p, size_t stride) {
+WEIGHT_INLINE void unpack_nibbles_of_two(weight_tile *tile, int b, const uint8_t *p,
+                                         size_t stride) {
     const vb low = vb_set(15);
     vb raw[8];
     vb_load_quads(raw, p, stride);
@@ -145,7 +147,8 @@ WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const uint8_t *p, size_t strid
     for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 8
         for (int b = 0; b < 8; b++) {
-            const vb bit = b < 4 ? vb_shl(fifth[i], 4 - b, sixteen) : vb_shr(fifth[i], b - 4, sixteen);
+            const vb bit =
+                b < 4 ? vb_shl(fifth[i], 4 - b, sixteen) : vb_shr(fifth[i], b - 4, sixteen);
             tile->codes[b][i] = vi_or(tile->codes[b][i], bit);
         }
     }
@@ -172,7 +175,8 @@ WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const uint8_t *p, size_t strid
             vb raw[8];
             vb_load_quads(raw, p + half * 64 + run * 32, stride);
             vb_load_quads(raw + 4, p + half * 64 + run * 32 + 16, stride);
-            vb *const first = tile->codes[half * 4 + run], *const second = tile->codes[half * 4 + run + 2];
+            vb *const first = tile->codes[half * 4 + run];
+            vb *const second = tile->codes[half * 4 + run + 2];
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
                 const vb of_first = run == 0 ? vb_shl(top[i], 4, high) : vb_shl(top[i], 2, high);
@@ -184,7 +188,7 @@ WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const uint8_t *p, size_t strid
     }
 }
 
-/* ---- dot products: tile times `n_tok` tokens, a constant in each instance ----------------------- */
+/* ---- dot products: a block times `n_tok` tokens, a constant in each instance ----------------- */
 
 /* The activations of the first token, at the tile's first column; rows follow at their strides. */
 typedef struct token_cursor {
@@ -194,7 +198,9 @@ typedef struct token_cursor {
     size_t n_cols;
 } token_cursor;
 
-typedef void dot_fn(vf *sum, const weight_tile *tile, int n, token_cursor x, const int n_tok);
+/* value[n_tok]: sums over block b of a tile, lanes are rows, to be multiplied by load_scale yet. */
+typedef void dot_fn(vf *value, const weight_tile *tile, int b, const token_cursor *x,
+                    const int n_tok);
 
 WEIGHT_INLINE vi load_quad(const token_cursor *x, int t, int b, int i) {
     return vi_set_lanes(x->q + (size_t)t * x->n_cols + b * 32 + i * 4);
@@ -206,127 +212,123 @@ WEIGHT_INLINE vi load_sums(const token_cursor *x, int t, int b) {
     return vi_set_lanes(x->sums + (size_t)t * (x->n_cols / 16) + b * 2);
 }
 
-/* Codes of 0 to `chain_bound`: products are summed in i16 over `chain` vectors of 2 products per lane, then
- * widened. No sum can leave i16 because |q| <= 127:
- *     4 bits: 15 * 127 * 2 * 8 = 30480      5 bits: 31 * 127 * 2 * 4 = 31496 */
-WEIGHT_INLINE void dot_affine(vf *sum, const weight_tile *tile, int n, const token_cursor *x,
+/* Unsigned codes with a scale and a minimum. Pairs of products are summed in i16 over `chain` code
+ * vectors, then widened. As |q| <= 127, no sum can leave i16:
+ *     4 bits, chain 8:  15 * 127 * 2 * 8 = 30480
+ *     5 bits, chain 4:  31 * 127 * 2 * 4 = 31496 */
+WEIGHT_INLINE void dot_affine(vf *value, const weight_tile *tile, int b, const token_cursor *x,
                               const int n_tok, const int chain) {
-    vf total[TILE_TOKENS];
+    vi dot[TILE_TOKENS];
 #pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) total[t] = sum[t];
-    for (int b = 0; b < n; b++) {
-        vi dot[TILE_TOKENS];
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
+    for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
 #pragma GCC unroll 8
-        for (int first = 0; first < 8; first += chain) {
-            vi dot16[TILE_TOKENS];
+    for (int first = 0; first < 8; first += chain) {
+        vi dot16[TILE_TOKENS];
 #pragma GCC unroll 4
-            for (int t = 0; t < n_tok; t++) dot16[t] = vi_zero();
+        for (int t = 0; t < n_tok; t++) dot16[t] = vi_zero();
 #pragma GCC unroll 8
-            for (int i = first; i < first + chain; i++) {
-                const vb codes = tile->codes[b][i];
-#pragma GCC unroll 4
-                for (int t = 0; t < n_tok; t++) {
-                    dot16[t] = vi_keep(vi_add16(dot16[t], vi_madd_u8s8(codes, load_quad(x, t, b, i))));
-                }
-            }
-#pragma GCC unroll 4
-            for (int t = 0; t < n_tok; t++) dot[t] = vi_add(dot[t], vi_widen16(dot16[t]));
-        }
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) {
-            const vf sum_q = vf_from_vi(vi_widen16(load_sums(x, t, b)));
-            const vf scaled = vf_mul(vf_from_vi(dot[t]), tile->scale[b]);
-            total[t] = vf_fma(vf_fma(sum_q, tile->minimum[b], scaled), load_scale(x, t, b), total[t]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) sum[t] = total[t];
-}
-
-WEIGHT_INLINE void dot_4_bits(vf *sum, const weight_tile *tile, int n, token_cursor x, const int n_tok) {
-    dot_affine(sum, tile, n, &x, n_tok, 8);
-}
-WEIGHT_INLINE void dot_5_bits(vf *sum, const weight_tile *tile, int n, token_cursor x, const int n_tok) {
-    dot_affine(sum, tile, n, &x, n_tok, 4);
-}
-
-/* Signed codes: w * q as |w| * (q with the sign of w). A pair of products is at most 128 * 127 * 2 = 32512,
- * inside i16; it is widened at once. */
-WEIGHT_INLINE void dot_signed(vf *sum, const weight_tile *tile, int n, token_cursor x, const int n_tok) {
-    vf total[TILE_TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) total[t] = sum[t];
-    for (int b = 0; b < n; b++) {
-        vi dot[TILE_TOKENS];
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            const vb codes = tile->codes[b][i], magnitude = vb_abs(codes);
+        for (int i = first; i < first + chain; i++) {
+            const vb codes = tile->codes[b][i];
 #pragma GCC unroll 4
             for (int t = 0; t < n_tok; t++) {
-                const vb q = vb_sign(load_quad(&x, t, b, i), codes);
-                dot[t] = vi_keep(vi_dot4_u8s8(dot[t], magnitude, q));
+                const vi pairs = vi_madd_u8s8(codes, load_quad(x, t, b, i));
+                dot16[t] = vi_keep(vi_add16(dot16[t], pairs));
             }
         }
 #pragma GCC unroll 4
+        for (int t = 0; t < n_tok; t++) dot[t] = vi_add(dot[t], vi_widen16(dot16[t]));
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < n_tok; t++) {
+        const vf sum_q = vf_from_vi(vi_widen16(load_sums(x, t, b)));
+        const vf scaled = vf_mul(vf_from_vi(dot[t]), tile->scale[b]);
+        value[t] = vf_fma(sum_q, tile->minimum[b], scaled);
+    }
+}
+
+WEIGHT_INLINE void dot_4_bits(vf *value, const weight_tile *tile, int b, const token_cursor *x,
+                              const int n_tok) {
+    dot_affine(value, tile, b, x, n_tok, 8);
+}
+WEIGHT_INLINE void dot_5_bits(vf *value, const weight_tile *tile, int b, const token_cursor *x,
+                              const int n_tok) {
+    dot_affine(value, tile, b, x, n_tok, 4);
+}
+
+/* Signed codes: w * q as |w| * (q with the sign of w). A pair of products, widened at once, is at
+ * most 128 * 127 * 2 = 32512: inside i16. */
+WEIGHT_INLINE void dot_signed(vf *value, const weight_tile *tile, int b, const token_cursor *x,
+                              const int n_tok) {
+    vi dot[TILE_TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        const vb codes = tile->codes[b][i], magnitude = vb_abs(codes);
+#pragma GCC unroll 4
         for (int t = 0; t < n_tok; t++) {
-            const vf scaled = vf_mul(vf_from_vi(dot[t]), tile->scale[b]);
-            total[t] = vf_fma(scaled, load_scale(&x, t, b), total[t]);
+            const vb q = vb_sign(load_quad(x, t, b, i), codes);
+            dot[t] = vi_keep(vi_dot4_u8s8(dot[t], magnitude, q));
         }
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) sum[t] = total[t];
+    for (int t = 0; t < n_tok; t++) value[t] = vf_mul(vf_from_vi(dot[t]), tile->scale[b]);
 }
 
-/* Q6_K: codes of 0 to 63 that stand for -32 to 31, and an integer scale for each half of a block. Two
- * vectors of products fit i16, 63 * 127 * 2 * 2 = 32004; the scale is multiplied in as they are widened.
- * The block's integer is sum of scale * (code - 32) * q, at most 128 * 32 * 127 * 32 < 2^24: exact in f32. */
-WEIGHT_INLINE void dot_Q6_K(vf *sum, const weight_tile *tile, int n, token_cursor x, const int n_tok) {
-    vf total[TILE_TOKENS];
+/* Q6_K: codes of 0 to 63 that stand for -32 to 31, and an integer scale for each half of a block.
+ * Pairs of two code vectors fit i16, 63 * 127 * 2 * 2 = 32004; the scale is multiplied in as they
+ * are widened. The integer of a block, the sum of scale * (code - 32) * q, is at most
+ * 128 * 32 * 127 * 32 < 2^24: exact in f32. */
+WEIGHT_INLINE void dot_Q6_K(vf *value, const weight_tile *tile, int b, const token_cursor *x,
+                            const int n_tok) {
+    const vi half_scales = tile->half_scales[b];
+    vi dot[TILE_TOKENS];
 #pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) total[t] = sum[t];
+    for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        const vi scale = i < 4 ? vi_low16(half_scales) : vi_high16(half_scales);
+        const vb codes = tile->codes[b][i], next = tile->codes[b][i + 1];
+#pragma GCC unroll 4
+        for (int t = 0; t < n_tok; t++) {
+            const vi dot16 = vi_add16(vi_madd_u8s8(codes, load_quad(x, t, b, i)),
+                                      vi_madd_u8s8(next, load_quad(x, t, b, i + 1)));
+            dot[t] = vi_keep(vi_add(dot[t], vi_madd16(dot16, scale)));
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < n_tok; t++) {
+        const vi zero_point = vi_shl(vi_madd16(load_sums(x, t, b), half_scales), 5);
+        value[t] = vf_mul(vf_from_vi(vi_sub(dot[t], zero_point)), tile->scale[b]);
+    }
+}
+
+/* ---- the product of quantized weights -------------------------------------------------------- */
+
+/* Adds the n blocks of a tile to sum[n_tok], n_tok constant, or starts it with them. */
+WEIGHT_INLINE void multiply_tile(vf *sum, bool start, const weight_tile *tile, int n,
+                                 const token_cursor *x, const int n_tok, dot_fn *dot) {
+    vf total[TILE_TOKENS], value[TILE_TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < n_tok; t++) total[t] = start ? vf_zero() : sum[t];
     for (int b = 0; b < n; b++) {
-        const vi half_scales = tile->half_scales[b];
-        vi dot[TILE_TOKENS];
+        dot(value, tile, b, x, n_tok);
 #pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const vi scale = half ? vi_high16(half_scales) : vi_low16(half_scales);
-#pragma GCC unroll 2
-            for (int i = half * 4; i < half * 4 + 4; i += 2) {
-                const vb codes = tile->codes[b][i], next = tile->codes[b][i + 1];
-#pragma GCC unroll 4
-                for (int t = 0; t < n_tok; t++) {
-                    const vi dot16 = vi_add16(vi_madd_u8s8(codes, load_quad(&x, t, b, i)),
-                                              vi_madd_u8s8(next, load_quad(&x, t, b, i + 1)));
-                    dot[t] = vi_keep(vi_add(dot[t], vi_madd16(dot16, scale)));
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) {
-            const vi zero_point = vi_shl(vi_madd16(load_sums(&x, t, b), half_scales), 5);
-            const vf scaled = vf_mul(vf_from_vi(vi_sub(dot[t], zero_point)), tile->scale[b]);
-            total[t] = vf_fma(scaled, load_scale(&x, t, b), total[t]);
-        }
+        for (int t = 0; t < n_tok; t++) total[t] = vf_fma(value[t], load_scale(x, t, b), total[t]);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < n_tok; t++) sum[t] = total[t];
 }
 
-/* ---- the product of quantized weights ---------------------------------------------------------- */
-
-/* sum[n_tok], lanes are rows: the whole of a panel for a chunk of tokens. */
+/* sum[n_tok], lanes are rows: the whole of a panel for a chunk of tokens. Meanwhile the next panel,
+ * `ahead` unless NULL, is fetched in the order of memory: eight short streams, a row each, are more
+ * than the hardware's prefetchers follow. */
 WEIGHT_INLINE void multiply_panel(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,
                                   token_cursor x, int n_tok, size_t bytes_tile, unpack_fn *unpack,
                                   dot_fn *dot) {
     weight_tile tile;
     size_t n_blocks = x.n_cols / 32;
-    for (int t = 0; t < n_tok; t++) sum[t] = vf_zero();
+    bool start = true;
     while (n_blocks > 0) {
         const int n = n_blocks < TILE_BLOCKS ? (int)n_blocks : TILE_BLOCKS;
         if (ahead) {
@@ -337,13 +339,17 @@ WEIGHT_INLINE void multiply_panel(vf *sum, const uint8_t *w, size_t stride, cons
         token_cursor at = x;
         for (int t = 0; t < n_tok;) {
             const int group = n_tok - t < TILE_TOKENS ? 1 : TILE_TOKENS;
-            if (group == TILE_TOKENS) dot(sum + t, &tile, n, at, TILE_TOKENS);
-            else dot(sum + t, &tile, n, at, 1);
+            if (group == 1) {
+                multiply_tile(sum + t, start, &tile, n, &at, 1, dot);
+            } else {
+                multiply_tile(sum + t, start, &tile, n, &at, TILE_TOKENS, dot);
+            }
             at.q += (size_t)group * x.n_cols;
             at.scale += (size_t)group * (x.n_cols / 32);
             at.sums += (size_t)group * (x.n_cols / 16);
             t += group;
         }
+        start = false;
         w += bytes_tile;
         x.q += n * 32;
         x.scale += n;
@@ -354,7 +360,8 @@ WEIGHT_INLINE void multiply_panel(vf *sum, const uint8_t *w, size_t stride, cons
 
 /* bytes_tile: of TILE_BLOCKS blocks of a row. */
 WEIGHT_INLINE void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
-                            const kvq_activations *x, size_t bytes_tile, unpack_fn *unpack, dot_fn *dot) {
+                            const kvq_activations *x, size_t bytes_tile, unpack_fn *unpack,
+                            dot_fn *dot) {
     const size_t n_blocks = x->n_cols / 32, stride = n_blocks * bytes_tile / TILE_BLOCKS;
     vf sum[CHUNK_TOKENS];
 
@@ -376,16 +383,17 @@ WEIGHT_INLINE void multiply(float *y, size_t y_stride, const uint8_t *w, size_t 
             const size_t row = r + VF_LANES <= n_rows ? r : n_rows - VF_LANES;
             const uint8_t *const ahead =
                 row + 2 * VF_LANES <= n_rows ? w + (row + VF_LANES) * stride : NULL;
-            multiply_panel(sum, w + row * stride, stride, ahead, at, n_tok, bytes_tile, unpack, dot);
+            multiply_panel(sum, w + row * stride, stride, ahead, at, n_tok, bytes_tile, unpack,
+                           dot);
             for (int t = 0; t < n_tok; t++) vf_store(out + (size_t)t * y_stride + row, sum[t]);
         }
     }
 }
 
-#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, DOT)                                                     \
-    static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,            \
-                              const kvq_activations *x) {                                            \
-        multiply(y, y_stride, w, n_rows, x, BYTES_TILE, unpack_##NAME, DOT);                         \
+#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, DOT)                                                   \
+    static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
+                              const kvq_activations *x) {                                          \
+        multiply(y, y_stride, w, n_rows, x, BYTES_TILE, unpack_##NAME, DOT);                       \
     }
 QUANTIZED_PRODUCT(Q4_0, 18 * 8, dot_4_bits)
 QUANTIZED_PRODUCT(Q4_1, 20 * 8, dot_4_bits)
@@ -397,7 +405,7 @@ QUANTIZED_PRODUCT(Q5_K, 176, dot_5_bits)
 QUANTIZED_PRODUCT(Q6_K, 210, dot_Q6_K)
 #undef QUANTIZED_PRODUCT
 
-/* ---- the product of float weights -------------------------------------------------------------- */
+/* ---- the product of float weights ------------------------------------------------------------ */
 
 #define FLOAT_ROWS 4   /* of one token: chains enough to hide the latency of fma */
 #define FLOAT_TOKENS 4 /* of two rows */
@@ -405,9 +413,11 @@ QUANTIZED_PRODUCT(Q6_K, 210, dot_Q6_K)
 
 typedef vf load_floats_fn(const uint8_t *p); /* VF_LANES weights */
 
-/* y of n_rows times n_tok, both constants in each instance: a chain of VF_LANES partial sums for each. */
-WEIGHT_INLINE void multiply_floats_tile(float *y, size_t y_stride, const uint8_t *w, const int n_rows,
-                                        const float *x, const int n_tok, size_t n_cols, int bytes,
+/* y of n_rows by n_tok, constants in each instance; each is one chain of VF_LANES partial sums. The
+ * rows that follow, `ahead` unless NULL, are fetched meanwhile. */
+WEIGHT_INLINE void multiply_floats_tile(float *y, size_t y_stride, const uint8_t *w,
+                                        const uint8_t *ahead, const int n_rows, const float *x,
+                                        const int n_tok, size_t n_cols, const int bytes,
                                         load_floats_fn *load) {
     const size_t stride = n_cols * (size_t)bytes, whole = n_cols / VF_LANES * VF_LANES;
     vf sum[FLOAT_ROWS][FLOAT_TOKENS];
@@ -418,6 +428,10 @@ WEIGHT_INLINE void multiply_floats_tile(float *y, size_t y_stride, const uint8_t
     }
     for (size_t c = 0; c < whole; c += VF_LANES) {
         vf columns[FLOAT_TOKENS];
+        if (ahead) {
+            for (int i = 0; i < n_rows * VF_LANES * bytes; i += 64) prefetch_line(ahead + i);
+            ahead += n_rows * VF_LANES * bytes;
+        }
 #pragma GCC unroll 4
         for (int t = 0; t < n_tok; t++) columns[t] = vf_load(x + (size_t)t * n_cols + c);
 #pragma GCC unroll 4
@@ -452,9 +466,10 @@ WEIGHT_INLINE void multiply_floats(float *y, size_t y_stride, const uint8_t *w, 
     for (size_t first = 0; first < n_rows; first += FLOAT_BLOCK) {
         const size_t end = n_rows - first < FLOAT_BLOCK ? n_rows : first + FLOAT_BLOCK;
         size_t t = 0;
-#define TILE(ROWS, TOKENS)                                                                           \
-    multiply_floats_tile(y + t * y_stride + r, y_stride, w + r * stride, ROWS, x->x + t * n_cols,    \
-                         TOKENS, n_cols, bytes, load)
+#define TILE(ROWS, TOKENS)                                                                         \
+    multiply_floats_tile(y + t * y_stride + r, y_stride, w + r * stride,                           \
+                         r + 2 * (ROWS) <= n_rows ? w + (r + (ROWS)) * stride : NULL, ROWS,        \
+                         x->x + t * n_cols, TOKENS, n_cols, bytes, load)
         for (; t + FLOAT_TOKENS <= x->n_tok; t += FLOAT_TOKENS) {
             size_t r = first;
             for (; r + 2 <= end; r += 2) TILE(2, FLOAT_TOKENS);
@@ -475,21 +490,22 @@ WEIGHT_INLINE vf load_F16(const uint8_t *p) {
 }
 WEIGHT_INLINE vf load_BF16(const uint8_t *p) { return vf_load_bf16(p); }
 
-#define FLOAT_PRODUCT(NAME, BYTES)                                                                   \
-    static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,            \
-                              const kvq_activations *x) {                                            \
-        multiply_floats(y, y_stride, w, n_rows, x, BYTES, load_##NAME);                              \
+#define FLOAT_PRODUCT(NAME, BYTES)                                                                 \
+    static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
+                              const kvq_activations *x) {                                          \
+        multiply_floats(y, y_stride, w, n_rows, x, BYTES, load_##NAME);                            \
     }
 FLOAT_PRODUCT(F32, 4)
 FLOAT_PRODUCT(F16, 2)
 FLOAT_PRODUCT(BF16, 2)
 #undef FLOAT_PRODUCT
 
-/* ---- activations ------------------------------------------------------------------------------- */
+/* ---- activations ----------------------------------------------------------------------------- */
 
-/* scale = the largest magnitude of 32 columns / 127, and q = x / scale to the nearest integer, ties to even.
- * Where the scale would be subnormal (magnitudes below 1.5e-36) the block is zero: its inverse overflows.
- * An infinity or NaN makes the scale one, and so every product with it infinite or NaN. */
+/* scale = the largest magnitude of 32 columns / 127, and q = x / scale to the nearest integer, ties
+ * to even. Where the scale would be subnormal (magnitudes below 1.5e-36) the block is zero: its
+ * inverse overflows. An infinity or NaN makes the scale one, and so every product with it infinite
+ * or NaN. */
 static void quantize(kvq_activations *x, size_t first, size_t n) {
     const size_t n_blocks = x->n_cols / 32;
     for (size_t b = first * n_blocks; b < (first + n) * n_blocks; b++) {

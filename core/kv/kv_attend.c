@@ -18,10 +18,8 @@ enum {
 static int at_least(int a, int b) { return a > b ? a : b; }
 static int at_most(int a, int b) { return a < b ? a : b; }
 
-void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_scheme *scheme,
-                           const kvq_ring *ring, int n_heads, int d_head, int n_batch, int n_threads) {
-    a->basis[KVQ_KEYS] = scheme->basis_k;
-    a->basis[KVQ_VALUES] = scheme->basis_v;
+void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *ring, int n_heads,
+                           int d_head, int n_batch, int n_threads) {
     a->n_heads = n_heads;
     a->n_kv_heads = ring->n_heads;
     a->group = n_heads / ring->n_heads;
@@ -37,9 +35,6 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_scheme 
     /* scores, a total and a partial result of a tile, which also serves as one padded vector */
     a->worker_floats = kvq_round_up(tile * (KVQ_BLOCK + 2 * (d + 2)), KVQ_ALIGN / sizeof(float));
     a->q = kvq_arena_take(arena, queries * d * sizeof *a->q);
-    a->q8 = kvq_arena_take(arena, queries * d);
-    a->q8_scale = kvq_arena_take(arena, queries * sizeof *a->q8_scale);
-    a->q8_sum = kvq_arena_take(arena, queries * sizeof *a->q8_sum);
     for (int side = 0; side < KVQ_SIDES; side++) {
         a->rows[side] = kvq_arena_take(arena, kv_heads * batch * d * sizeof *a->rows[side]);
     }
@@ -69,19 +64,6 @@ static uint16_t *new_row(const kvq_attention *a, int side, int kv_head, int t) {
     return a->rows[side] + row * (size_t)a->d;
 }
 
-static void quantize_query(int8_t *q8, float *scale, int32_t *sum, const float *x, int d) {
-    float largest = 0;
-    for (int c = 0; c < d; c++) largest = fmaxf(largest, fabsf(x[c]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    *scale = largest / 127.0f;
-    *sum = 0;
-    for (int c = 0; c < d; c++) {
-        const float y = x[c] * inverse;
-        q8[c] = (int8_t)(y > -127.0f ? (y < 127.0f ? lrintf(y) : 127) : -127);
-        *sum += q8[c];
-    }
-}
-
 /* Queries, keys and values of one new token, padded and mapped into the basis of the cache. */
 static void prepare_token(void *context, int t, int worker) {
     const call *const c = context;
@@ -93,8 +75,7 @@ static void prepare_token(void *context, int t, int worker) {
         const float *const x = c->q + ((size_t)t * (size_t)a->n_heads + (size_t)h) * (size_t)d_head;
         float *const y = a->q + i * (size_t)d;
         for (int j = 0; j < d; j++) y[j] = j < d_head ? x[j] * over_root : 0.0f;
-        a->basis[KVQ_KEYS]->into(y, d);
-        quantize_query(a->q8 + i * (size_t)d, &a->q8_scale[i], &a->q8_sum[i], y, d);
+        c->ring->basis[KVQ_KEYS]->into(y, d);
     }
     float *const y = a->worker + (size_t)worker * a->worker_floats;
     for (int side = 0; side < KVQ_SIDES; side++) {
@@ -103,7 +84,7 @@ static void prepare_token(void *context, int t, int worker) {
             const size_t i = (size_t)t * (size_t)a->n_kv_heads + (size_t)h;
             uint16_t *const row = new_row(a, side, h, t);
             for (int j = 0; j < d; j++) y[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
-            a->basis[side]->into(y, d);
+            c->ring->basis[side]->into(y, d);
             for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(y[j]);
         }
     }
@@ -232,8 +213,7 @@ static void attend_segment(const call *c, running r, float *s, const kvq_query *
 
 static kvq_query query_of(const kvq_attention *a, int kv_head, int first, int end) {
     const size_t i = query_index(a, kv_head, first);
-    return (kvq_query){.x = a->q + i * (size_t)a->d, .q = a->q8 + i * (size_t)a->d,
-                       .scale = a->q8_scale + i, .sum = a->q8_sum + i, .n = (end - first) * a->group};
+    return (kvq_query){.x = a->q + i * (size_t)a->d, .n = (end - first) * a->group};
 }
 
 /* Divides by the sum of weights, leaves the basis, writes the heads of the tile's tokens. */
@@ -244,7 +224,7 @@ static void finish(const call *c, running r, int kv_head, int first, int end) {
         float *const o = r.o + (size_t)i * (size_t)d;
         const float over_sum = 1.0f / r.sum[i];
         for (int j = 0; j < d; j++) o[j] *= over_sum;
-        a->basis[KVQ_VALUES]->back(o, d);
+        c->ring->basis[KVQ_VALUES]->back(o, d);
         const size_t t = (size_t)(first + i / a->group);
         const size_t h = (size_t)(kv_head * a->group + i % a->group);
         memcpy(c->out + (t * (size_t)a->n_heads + h) * (size_t)d_head, o, (size_t)d_head * sizeof *o);

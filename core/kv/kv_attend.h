@@ -14,7 +14,6 @@
 typedef struct kvq_attention {
     const kvq_isa *isa;
     kvq_pool *pool;
-    const kvq_basis *basis[KVQ_SIDES];
     int n_heads, n_kv_heads, group; /* group: query heads per KV head */
     int d_head, d;                  /* width in the model, and padded */
     int n_batch;
@@ -23,9 +22,6 @@ typedef struct kvq_attention {
     int max_segments;
 
     float *q;                     /* [n_kv_heads][n_batch][group][d], in the basis, over sqrt(d_head) */
-    int8_t *q8;                   /* the same in integers, x ~ q8_scale * q8 */
-    float *q8_scale;              /* [n_kv_heads][n_batch][group] */
-    int32_t *q8_sum;              /* [n_kv_heads][n_batch][group] */
     uint16_t *rows[KVQ_SIDES];    /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
     float *partial;               /* [n_kv_heads][max_segments][tile * group][d + 2] */
     float *worker;                /* [n_threads][worker_floats] */
@@ -33,8 +29,8 @@ typedef struct kvq_attention {
 } kvq_attention;
 
 /* Sets the shape and lays out the scratch memory; isa and pool are the caller's to set. */
-void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_scheme *scheme,
-                           const kvq_ring *ring, int n_heads, int d_head, int n_batch, int n_threads);
+void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *ring, int n_heads,
+                           int d_head, int n_batch, int n_threads);
 
 /* out[t][n_heads][d_head] = attention of n <= n_batch new tokens, whose queries q[t][n_heads][d_head],
  * keys and values k, v[t][n_kv_heads][d_head] are given (after RoPE); then appends them to the ring. */

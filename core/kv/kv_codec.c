@@ -78,18 +78,32 @@ static void decode_q4_0(float *x, const uint8_t *block, int d) {
 
 /* ---- scales of u2 and c8 ----------------------------------------------------------------------- */
 
-/* Stores 64 positive scales in 8 bits each below one half for the block; gives them back as stored. The
- * half is the largest scale / 255 rounded up a little, so that no code exceeds 255. */
-static void store_scales(uint8_t *half, uint8_t *codes, float scale[KVQ_BLOCK]) {
+/* Stores n scales >= 0 in 8 bits each below one half for the block; gives them back as stored. The half is
+ * the largest scale / 255 rounded up a little, so that no code exceeds 255. Eight bits cost nothing
+ * against exact scales (measured: docs/kv-schemes.md). */
+static void store_scales(uint8_t *half, uint8_t *codes, float *scale, int n) {
     float largest = 0;
-    for (int t = 0; t < KVQ_BLOCK; t++) largest = fmaxf(largest, scale[t]);
+    for (int i = 0; i < n; i++) largest = fmaxf(largest, scale[i]);
     const uint16_t unit_half = kvq_f32_to_f16(fminf(largest / 255.0f * 1.001f, 65504.0f));
     const float unit = kvq_f16_to_f32(unit_half), inverse = unit > 0 ? 1.0f / unit : 0.0f;
     memcpy(half, &unit_half, 2);
-    for (int t = 0; t < KVQ_BLOCK; t++) {
-        codes[t] = (uint8_t)clamped(scale[t] * inverse + 0.5f, 0, 255);
-        scale[t] = unit * (float)codes[t];
+    for (int i = 0; i < n; i++) {
+        codes[i] = (uint8_t)clamped(scale[i] * inverse + 0.5f, 0, 255);
+        scale[i] = unit * (float)codes[i];
     }
+}
+
+static float inverse_or_zero(float x) { return x > 0 ? 1.0f / x : 0.0f; }
+
+/* Sums over a row in 16 partial sums: a fixed order that compilers can vectorize. */
+typedef struct partial_sums {
+    float of[16];
+} partial_sums;
+
+static float total(const partial_sums *p) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += p->of[i];
+    return sum;
 }
 
 /* ---- u2 ---------------------------------------------------------------------------------------- */
@@ -97,28 +111,71 @@ static void store_scales(uint8_t *half, uint8_t *codes, float scale[KVQ_BLOCK]) 
 /* The step of 4 uniform levels that quantizes a unit normal variable with least mean square error. */
 #define U2_STEP 0.9957f
 
-static float u2_level(float x, float inverse) { /* code - 1.5, in {-1.5, -0.5, 0.5, 1.5} */
-    const float level = floorf(x * inverse) + 0.5f;
+enum { U2_ROUNDS = 2 };
+
+typedef float u2_rows[KVQ_BLOCK][KVQ_D_MAX];
+
+static float u2_level(float x) { /* x in steps -> code - 1.5, in {-1.5, -0.5, 0.5, 1.5} */
+    const float level = floorf(x) + 0.5f;
     return fminf(fmaxf(level, -1.5f), 1.5f);
 }
 
-/* The step that fits x[d] best: from the normal optimum, two rounds of (codes for the step, least-squares
- * step for the codes). */
-static float u2_fit_step(const float *x, int d) {
-    float power = 0;
-    for (int c = 0; c < d; c++) power += x[c] * x[c];
-    float step = U2_STEP * sqrtf(power / (float)d);
-    for (int round = 0; round < 2 && step > 0; round++) {
-        const float inverse = 1.0f / step;
-        float xy = 0, yy = 0;
-        for (int c = 0; c < d; c++) {
-            const float level = u2_level(x[c], inverse);
-            xy += x[c] * level;
-            yy += level * level;
+/* Scales a[t] * b[c] such that x[t][c] / (a[t] * b[c]) has unit mean square along rows and columns. */
+static void u2_balance(float *a, float *b, const u2_rows x, int d) {
+    for (int t = 0; t < KVQ_BLOCK; t++) a[t] = 1.0f;
+    for (int round = 0; round < U2_ROUNDS; round++) {
+        float inverse[KVQ_D_MAX];
+        for (int c = 0; c < d; c++) b[c] = 0;
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            const float over_a = inverse_or_zero(a[t]);
+            for (int c = 0; c < d; c++) b[c] += x[t][c] * over_a * (x[t][c] * over_a);
         }
-        step = xy / yy;
+        for (int c = 0; c < d; c++) {
+            b[c] = sqrtf(b[c] * (1.0f / KVQ_BLOCK));
+            inverse[c] = inverse_or_zero(b[c]);
+        }
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            partial_sums power = {{0}};
+            for (int c = 0; c < d; c += 16) {
+                for (int i = 0; i < 16; i++) {
+                    const float y = x[t][c + i] * inverse[c + i];
+                    power.of[i] += y * y;
+                }
+            }
+            a[t] = sqrtf(total(&power) / (float)d);
+        }
     }
-    return step;
+}
+
+/* Least-squares scales of the channels, then of the tokens, for the codes that the scales before give. */
+static void u2_refine(float *a, float *b, const u2_rows x, int d) {
+    float inverse[KVQ_D_MAX], xy[KVQ_D_MAX] = {0}, yy[KVQ_D_MAX] = {0};
+    for (int c = 0; c < d; c++) inverse[c] = inverse_or_zero(b[c]);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        const float over_a = inverse_or_zero(a[t]);
+        for (int c = 0; c < d; c++) {
+            const float y = a[t] * u2_level(x[t][c] * over_a * inverse[c]);
+            xy[c] += x[t][c] * y;
+            yy[c] += y * y;
+        }
+    }
+    for (int c = 0; c < d; c++) {
+        b[c] = yy[c] > 0 ? fmaxf(xy[c] / yy[c], 0.0f) : 0.0f;
+        inverse[c] = inverse_or_zero(b[c]);
+    }
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        const float over_a = inverse_or_zero(a[t]);
+        partial_sums txy = {{0}}, tyy = {{0}};
+        for (int c = 0; c < d; c += 16) {
+            for (int i = 0; i < 16; i++) {
+                const float y = b[c + i] * u2_level(x[t][c + i] * over_a * inverse[c + i]);
+                txy.of[i] += x[t][c + i] * y;
+                tyy.of[i] += y * y;
+            }
+        }
+        const float power = total(&tyy);
+        a[t] = power > 0 ? fmaxf(total(&txy) / power, 0.0f) : 0.0f;
+    }
 }
 
 static int u2_byte(int t, int c, int d) { /* which byte of the codes holds channel c of token t */
@@ -126,22 +183,19 @@ static int u2_byte(int t, int c, int d) { /* which byte of the codes holds chann
 }
 static int u2_shift(int c) { return c % 16 / 4 * 2; }
 
-static void encode_u2(uint8_t *block, const uint16_t *rows, int d) {
-    float x[KVQ_BLOCK][KVQ_D_MAX], mean[KVQ_D_MAX] = {0}, step[KVQ_BLOCK], largest = 0;
-    uint8_t *const means = block + KVQ_U2_HEADER, *const codes = means + d;
+/* Subtracts from x the block's mean, as stored. */
+static void u2_take_mean(uint8_t *half, uint8_t *means, u2_rows x, int d) {
+    float mean[KVQ_D_MAX] = {0}, largest = 0;
     for (int t = 0; t < KVQ_BLOCK; t++) {
-        for (int c = 0; c < d; c++) {
-            x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
-            mean[c] += x[t][c];
-        }
+        for (int c = 0; c < d; c++) mean[c] += x[t][c];
     }
     for (int c = 0; c < d; c++) {
         mean[c] *= 1.0f / KVQ_BLOCK;
         largest = fmaxf(largest, fabsf(mean[c]));
     }
     const uint16_t unit_half = kvq_f32_to_f16(largest / 127.0f * 1.001f);
-    const float unit = kvq_f16_to_f32(unit_half), inverse = unit > 0 ? 1.0f / unit : 0.0f;
-    memcpy(block, &unit_half, 2);
+    const float unit = kvq_f16_to_f32(unit_half), inverse = inverse_or_zero(unit);
+    memcpy(half, &unit_half, 2);
     for (int c = 0; c < d; c++) {
         const int code = clamped(floorf(mean[c] * inverse + 0.5f), -127, 127);
         means[c] = (uint8_t)code;
@@ -149,27 +203,41 @@ static void encode_u2(uint8_t *block, const uint16_t *rows, int d) {
     }
     for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int c = 0; c < d; c++) x[t][c] -= mean[c];
-        step[t] = u2_fit_step(x[t], d);
     }
-    store_scales(block + 2, block + 4, step);
-    memset(codes, 0, (size_t)d * 16);
+}
+
+static void encode_u2(uint8_t *block, const uint16_t *rows, int d) {
+    u2_rows x;
+    float a[KVQ_BLOCK], b[KVQ_D_MAX];
+    uint8_t *const means = block + KVQ_U2_HEADER, *const channels = means + d, *const codes = channels + d;
     for (int t = 0; t < KVQ_BLOCK; t++) {
-        const float inverse_step = step[t] > 0 ? 1.0f / step[t] : 0.0f;
+        for (int c = 0; c < d; c++) x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
+    }
+    memset(block, 0, kvq_u2_bytes(d));
+    u2_take_mean(block, means, x, d);
+    u2_balance(a, b, x, d);
+    for (int t = 0; t < KVQ_BLOCK; t++) a[t] *= U2_STEP;
+    for (int round = 0; round < U2_ROUNDS; round++) u2_refine(a, b, x, d);
+    store_scales(block + 2, block + 8, a, KVQ_BLOCK);
+    store_scales(block + 4, channels, b, d);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int c = 0; c < d; c++) {
-            const int code = clamped(u2_level(x[t][c], inverse_step) + 1.5f, 0, 3);
-            codes[u2_byte(t, c, d)] |= (uint8_t)(code << u2_shift(c));
+            const float level = u2_level(x[t][c] * inverse_or_zero(a[t] * b[c]));
+            codes[u2_byte(t, c, d)] |= (uint8_t)(clamped(level + 1.5f, 0, 3) << u2_shift(c));
         }
     }
 }
 
 static void decode_u2(float *x, const uint8_t *block, int d) {
-    const uint8_t *const means = block + KVQ_U2_HEADER, *const codes = means + d;
-    const float mean_unit = kvq_load_f16(block), step_unit = kvq_load_f16(block + 2);
+    const uint8_t *const means = block + KVQ_U2_HEADER, *const channels = means + d;
+    const uint8_t *const codes = channels + d;
+    const float mu = kvq_load_f16(block), au = kvq_load_f16(block + 2), bu = kvq_load_f16(block + 4);
     for (int t = 0; t < KVQ_BLOCK; t++) {
-        const float step = step_unit * (float)block[4 + t];
+        const float a = au * (float)block[8 + t];
         for (int c = 0; c < d; c++) {
             const int code = codes[u2_byte(t, c, d)] >> u2_shift(c) & 3;
-            x[t * d + c] = mean_unit * (float)(int8_t)means[c] + step * ((float)code - 1.5f);
+            const float step = a * (bu * (float)channels[c]);
+            x[t * d + c] = mu * (float)(int8_t)means[c] + step * ((float)code - 1.5f);
         }
     }
 }
@@ -258,7 +326,7 @@ static void encode_c8(uint8_t *block, const uint16_t *rows, int d) {
         scale[t] = c8_fit_scale(x[t], d, half_square);
     }
     memset(block, 0, kvq_c8_bytes(d));
-    store_scales(block, block + 4, scale);
+    store_scales(block, block + 4, scale, KVQ_BLOCK);
     for (int half = 0; half < 2; half++) {
         uint32_t words[KVQ_D_MAX / 16 * 24] = {0};
         for (int t = 0; t < 32; t++) {

@@ -16,13 +16,9 @@ typedef enum kvq_codec_id {
     KVQ_CODECS
 } kvq_codec_id;
 
-/* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head). The bytes
- * are a second form of the same numbers, x ~ scale * q, for kernels that work in integers. */
+/* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head). */
 typedef struct kvq_query {
-    const float *x;     /* [n][d] */
-    const int8_t *q;    /* [n][d], in -127..127 */
-    const float *scale; /* [n] */
-    const int32_t *sum; /* [n] sum of q over its channels */
+    const float *x; /* [n][d] */
     int n;
 } kvq_query;
 

@@ -19,11 +19,11 @@
  * q4_0: per token d/32 of { half scale; uint8 q[16] }, as ggml's block_q4_0: byte i holds channel i in
  *       its low and channel i + 16 in its high half; value = scale * (code - 8)
  *
- * u2: keys. value[t][c] = mean[c] + step[t] * (code[t][c] - 1.5), code in 0..3
- *     +---------+---------+--------------+------------+--------------------------------------+
- *     | half ms | half ss | uint8 st[64] | int8 m[d]  | codes: 64 * d / 4 bytes              |
- *     +---------+---------+--------------+------------+--------------------------------------+
- *     mean[c] = ms * m[c];  step[t] = ss * st[t]
+ * u2: keys. value[t][c] = mean[c] + a[t] * b[c] * (code[t][c] - 1.5), code in 0..3
+ *     +---------+---------+---------+-------+-------------+-----------+-----------+----------------+
+ *     | half mu | half au | half bu | u16 0 | uint8 A[64] | int8 M[d] | uint8 B[d]| codes: 16 * d  |
+ *     +---------+---------+---------+-------+-------------+-----------+-----------+----------------+
+ *     mean[c] = mu * M[c], a[t] = au * A[t], b[c] = bu * B[c]
  *     codes: [token / 8][channel / 16][token % 8][byte b = 0..3], bits 2j of byte b: channel 4j + b.
  *     One 32-byte load is 8 tokens by 16 channels; shifted by 2j and masked, each 32-bit lane holds the
  *     4 consecutive channels 4j..4j+3 of one token, the shape that a 4-way integer dot product takes.
@@ -40,13 +40,13 @@
  *       token 30 = w0[31:30] | w1[30] << 2        token 31 = w1[31] | w2[31:30] << 1
  *     so 32 codes take exactly 96 bits, and decoding is a shift and a table look-up per 8 pairs.
  */
-#define KVQ_U2_HEADER 68 /* bytes before the means */
+#define KVQ_U2_HEADER 72 /* bytes before the means */
 #define KVQ_C8_HEADER 68 /* bytes before the words */
 
 static inline size_t kvq_f16_bytes(int d) { return (size_t)KVQ_BLOCK * (size_t)d * 2; }
 static inline size_t kvq_q8_0_bytes(int d) { return (size_t)KVQ_BLOCK * (size_t)d / 32 * 34; }
 static inline size_t kvq_q4_0_bytes(int d) { return (size_t)KVQ_BLOCK * (size_t)d / 32 * 18; }
-static inline size_t kvq_u2_bytes(int d) { return KVQ_U2_HEADER + (size_t)d + 16 * (size_t)d; }
+static inline size_t kvq_u2_bytes(int d) { return KVQ_U2_HEADER + 18 * (size_t)d; }
 static inline size_t kvq_c8_bytes(int d) { return KVQ_C8_HEADER + 12 * (size_t)d; }
 
 /* Points of c8: the 8-point quantizer of least mean square error for a two-dimensional normal

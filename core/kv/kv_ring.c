@@ -10,10 +10,11 @@ static void *take(kvq_arena *arena, size_t *count, size_t bytes) {
 }
 
 void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes, const kvq_scheme *scheme,
-                      int n_heads, int d_head, int sinks, int window, int n_ctx) {
+                      bool key_bias, int n_heads, int d_head, int sinks, int window, int n_ctx) {
     const int d = kvq_padded_width(d_head), unsealed = sinks + window;
     *ring = (kvq_ring){
-        .codec = {scheme->codec_k, scheme->codec_v}, .n_heads = n_heads, .d = d,
+        .codec = {scheme->codec_k, scheme->codec_v},
+        .basis = {key_bias ? scheme->basis_k_biased : scheme->basis_k, scheme->basis_v}, .n_heads = n_heads, .d = d,
         .sinks = sinks, .window = window,
         .max_blocks = n_ctx > unsealed ? (n_ctx - unsealed) / KVQ_BLOCK : 0,
         .recent_rows = (int)kvq_round_up((size_t)window + KVQ_BLOCK, KVQ_BLOCK),

@@ -19,6 +19,7 @@ enum { KVQ_KEYS, KVQ_VALUES, KVQ_SIDES };
 
 typedef struct kvq_ring {
     kvq_codec_id codec[KVQ_SIDES];
+    const kvq_basis *basis[KVQ_SIDES]; /* that the vectors come in */
     int n_heads, d; /* KV heads, padded width */
     int sinks, window;
     int max_blocks;  /* per head */
@@ -36,9 +37,9 @@ typedef struct kvq_ring_bytes {
 } kvq_ring_bytes;
 
 /* Sets the shape for a context of n_ctx tokens and lays out its memory, whose bytes by kind are added to
- * *bytes. */
+ * *bytes. key_bias: whether the layer's key projection has a bias (see kv_scheme.h). */
 void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes, const kvq_scheme *scheme,
-                      int n_heads, int d_head, int sinks, int window, int n_ctx);
+                      bool key_bias, int n_heads, int d_head, int sinks, int window, int n_ctx);
 
 /* Appends rows[n][d] of one head and side, sealing blocks as they leave the window. Heads and sides may
  * be appended in parallel; kvq_ring_advance(ring, n) then moves the ring on, once for all. */

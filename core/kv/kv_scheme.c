@@ -2,9 +2,9 @@
 #include "kv/kv_scheme.h"
 
 static const kvq_scheme schemes[] = {
-#define KVQ_SCHEME(NAME, BASIS_K, CODEC_K, BASIS_V, CODEC_V, SINKS, WINDOW, SUMMARY)                 \
-    {#NAME, SUMMARY, &kvq_basis_##BASIS_K, &kvq_basis_##BASIS_V, KVQ_CODEC_##CODEC_K,                \
-     KVQ_CODEC_##CODEC_V, SINKS, WINDOW},
+#define KVQ_SCHEME(NAME, BASIS_K, BASIS_K_BIASED, CODEC_K, BASIS_V, CODEC_V, SINKS, WINDOW, SUMMARY) \
+    {#NAME, SUMMARY, &kvq_basis_##BASIS_K, &kvq_basis_##BASIS_K_BIASED, &kvq_basis_##BASIS_V,        \
+     KVQ_CODEC_##CODEC_K, KVQ_CODEC_##CODEC_V, SINKS, WINDOW},
 #include "kv/schemes.def"
 #undef KVQ_SCHEME
 };
@@ -64,7 +64,7 @@ kvq_status kvq_scheme_describe(int32_t index, int32_t d_head, kvq_scheme_info *o
     if (status != KVQ_OK) return status;
     *out = (kvq_scheme_info){
         .name = s->name, .summary = s->summary,
-        .basis_k = s->basis_k->name, .basis_v = s->basis_v->name,
+        .basis_k = s->basis_k->name, .basis_k_biased = s->basis_k_biased->name, .basis_v = s->basis_v->name,
         .codec_k = kvq_codecs[s->codec_k].name, .codec_v = kvq_codecs[s->codec_v].name,
         .sinks = s->sinks, .window = s->window, .block = KVQ_BLOCK,
         .bits_k = kvq_codec_bits(s->codec_k, d_head), .bits_v = kvq_codec_bits(s->codec_v, d_head)};

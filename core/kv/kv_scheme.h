@@ -9,7 +9,9 @@
 
 typedef struct kvq_scheme {
     const char *name, *summary;
-    const kvq_basis *basis_k, *basis_v;
+    /* A key bias, turned by RoPE, is a large oscillation in a few channels; a basis that mixes channels
+     * would spread its rounding error over all of them. So layers with one have a basis of their own. */
+    const kvq_basis *basis_k, *basis_k_biased, *basis_v;
     kvq_codec_id codec_k, codec_v;
     int sinks, window; /* defaults, in tokens */
 } kvq_scheme;
