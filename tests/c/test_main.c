@@ -15,5 +15,6 @@ int main(int argc, char **argv) {
         }
     }
     printf("%d passed, %d failed\n", passed, failed);
+    fflush(stdout); /* before a leak checker ends the process */
     return failed != 0;
 }
