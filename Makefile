@@ -1,35 +1,134 @@
 # pykvq: every task by name. `make` prints the list.
 PYTHON ?= python3
-CC ?= cc
 VENV ?= .venv
 BUILD ?= build
+export BUILD
 
-CFLAGS ?= -O2 -g
+CFLAGS ?= -O3 -g
 KVQ_CFLAGS = -std=c11 -D_GNU_SOURCE -fPIC -ffp-contract=off -fvisibility=hidden \
              -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Icore $(CFLAGS)
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+LIBS = -lm -lpthread
 
 CORE = $(sort $(wildcard core/*.c core/kv/*.c core/isa/*.c))
-HEADERS = $(wildcard core/*.h core/*.def core/*/*.h core/*/*.def core/*/*.inl tests/c/*.h)
+HEADERS = $(sort $(wildcard core/*.h core/*.def core/*/*.h core/*/*.def core/*/*.inl tests/c/*.h))
 TESTS_C = $(sort $(wildcard tests/c/*.c))
-OBJECTS = $(CORE:%.c=$(BUILD)/%.o)
+C_FILES = $(CORE) $(TESTS_C) $(filter %.h %.inl,$(HEADERS)) $(wildcard bench/*.c tests/fuzz/*.[ch])
+EXTENSION = pykvq/_native.abi3.so
+PY = $(VENV)/bin/python
 
-.PHONY: help lib test-c test-sanitize
+.PHONY: help setup run test lib ext pull test-c test-py sanitize fuzz fuzz-libfuzzer lint format \
+        bench-weights clean
 help: ## print this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+# ---- what users and CI call ---------------------------------------------------------------------
+
+run: ext ## set everything up, fetch the default model (98 MB), and let it write under --kv skvq
+	$(PY) -m pykvq run smollm2 --kv skvq --temp 0 -n 200 -p "Explain in one paragraph why the sky is blue."
+
+test: lint test-c sanitize fuzz pull test-py ## set everything up and run all tests
+
+setup: $(VENV)/.ready ## make the virtual environment with all that is needed for work on pykvq
+
+# ---- environment --------------------------------------------------------------------------------
+
+# Debian splits Python: venv and the headers are packages of their own.
+PYTHON_COMPLETE = import ensurepip, os, sysconfig; \
+                  assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_COMPLETE)' 2>/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "$(PYTHON) lacks venv or its headers: installing python3-venv and python3-dev"; \
+		apt-get update -qq && apt-get install -y -qq python3-venv python3-dev; \
+	else \
+		echo "$(PYTHON) lacks venv or its headers; on Debian: sudo apt-get install python3-venv python3-dev"; \
+		exit 1; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(EXTENSION): $(VENV)/.ready $(BUILD)/libkvq.a core/kvq.h pykvq/_build.py setup.py
+	$(PY) -m pip install -q --disable-pip-version-check 'setuptools>=77'
+	$(PY) setup.py -q build_ext --inplace --force
+	@touch $@
+
+ext: $(EXTENSION) ## build the Python extension in place
+
+pull: ext # without it the tests on a real model are skipped, with that reason
+	-$(PY) -m pykvq pull smollm2
+
+# ---- the core -----------------------------------------------------------------------------------
 
 $(BUILD)/%.o: %.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(KVQ_CFLAGS) -c $< -o $@
 
-$(BUILD)/libkvq.a: $(OBJECTS)
+$(BUILD)/libkvq.a: $(CORE:%.c=$(BUILD)/%.o)
 	@rm -f $@
-	ar rcs $@ $^
+	$(AR) rcs $@ $^
 
 lib: $(BUILD)/libkvq.a ## build the core as a static library
 
 $(BUILD)/tests_c: $(TESTS_C) $(BUILD)/libkvq.a $(HEADERS)
-	$(CC) $(KVQ_CFLAGS) $(TESTS_C) $(BUILD)/libkvq.a -lm -lpthread -o $@
+	$(CC) $(KVQ_CFLAGS) $(TESTS_C) $(BUILD)/libkvq.a $(LIBS) -o $@
 
-test-c: $(BUILD)/tests_c ## build and run the tests of the core
+test-c: $(BUILD)/tests_c ## run the tests of the core, on the best instruction set and on the reference
 	$(BUILD)/tests_c
+	KVQ_ISA=ref $(BUILD)/tests_c
+
+$(BUILD)/tests_c_sanitized: $(TESTS_C) $(CORE) $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(KVQ_CFLAGS) $(SANITIZE) $(TESTS_C) $(CORE) $(LIBS) -o $@
+
+sanitize: $(BUILD)/tests_c_sanitized ## run the tests of the core under ASan and UBSan
+	$(BUILD)/tests_c_sanitized
+
+# ---- fuzzing ------------------------------------------------------------------------------------
+
+FUZZ_C = tests/fuzz/fuzz_gguf.c core/gguf.c core/gguf_part.c core/map.c core/error.c core/weights.c
+FUZZ_MUTATIONS ?= 200000
+FUZZ_SECONDS ?= 30
+
+$(BUILD)/corpus: tests/fuzz/make_corpus.py $(VENV)/.ready
+	$(PY) $< $@
+
+$(BUILD)/fuzz_gguf: tests/fuzz/fuzz_main.c $(FUZZ_C) tests/fuzz/fuzz.h $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(KVQ_CFLAGS) $(SANITIZE) tests/fuzz/fuzz_main.c $(FUZZ_C) -o $@
+
+fuzz: $(BUILD)/fuzz_gguf $(BUILD)/corpus ## run the GGUF reader over mutated files under sanitizers
+	$(BUILD)/fuzz_gguf --mutate $(FUZZ_MUTATIONS) --seed 1 $(BUILD)/corpus/*
+
+fuzz-libfuzzer: $(BUILD)/corpus ## the same with clang's libFuzzer, for FUZZ_SECONDS (30)
+	@mkdir -p $(BUILD)/fuzz_found
+	clang $(KVQ_CFLAGS) $(SANITIZE) -fsanitize=fuzzer $(FUZZ_C) -o $(BUILD)/fuzz_gguf_clang
+	$(BUILD)/fuzz_gguf_clang -max_total_time=$(FUZZ_SECONDS) -timeout=1 -max_len=8192 \
+		$(BUILD)/fuzz_found $(BUILD)/corpus
+
+# ---- Python, style, benchmarks ------------------------------------------------------------------
+
+test-py: ext ## run the tests of the package
+	$(PY) -m pytest
+
+lint: $(VENV)/.ready ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(VENV)/.ready ## bring all sources into the project's style
+	$(VENV)/bin/ruff check --fix -q .
+	$(VENV)/bin/ruff format -q .
+	$(VENV)/bin/clang-format -i $(C_FILES)
+
+$(BUILD)/bench_weights: bench/bench_weights.c $(BUILD)/libkvq.a
+	$(CC) $(KVQ_CFLAGS) $< $(BUILD)/libkvq.a $(LIBS) -o $@
+
+bench-weights: $(BUILD)/bench_weights ## time the weight products
+	$(BUILD)/bench_weights
+
+clean: ## remove what was built (the virtual environment and the models stay)
+	rm -rf $(BUILD) dist *.egg-info $(EXTENSION) pykvq/_native.c

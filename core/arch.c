@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* ---- configuration ----------------------------------------------------------------------------- */
+/* ---- configuration ----------------------------------------------------------------------- */
 
 static const struct {
     const char *name;
@@ -18,14 +18,31 @@ static const struct {
 };
 enum { N_ARCHS = sizeof archs / sizeof *archs };
 
-/* Keys below "<architecture>." that are read here, or that change nothing. Any other is an error. */
+/* Keys below "<architecture>." that are read here, or that change nothing. Any other is an error.
+ */
 static const char *const known_keys[] = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.causal",
-    "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear", "vocab_size",
-    "expert_count", "expert_used_count", "tensor_data_layout",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.causal",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scale_linear",
+    "vocab_size",
+    "expert_count",
+    "expert_used_count",
+    "tensor_data_layout",
 };
 enum { N_KNOWN_KEYS = sizeof known_keys / sizeof *known_keys };
 
@@ -52,7 +69,8 @@ static kvq_status find_architecture(const kvq_gguf *file, kvq_config *c) {
         if (i) strncat(known, ", ", sizeof known - strlen(known) - 1);
         strncat(known, archs[i].name, sizeof known - strlen(known) - 1);
     }
-    return kvq_fail(KVQ_ERR_UNSUPPORTED, "architecture \"%s\" is not implemented; implemented are: %s",
+    return kvq_fail(KVQ_ERR_UNSUPPORTED,
+                    "architecture \"%s\" is not implemented; implemented are: %s",
                     kvq_show(name, length).text, known);
 }
 
@@ -70,9 +88,10 @@ static kvq_status refuse_unknown_keys(const kvq_gguf *file, const kvq_config *c)
             known = equals(meta.key + prefix + 1, meta.key_length - prefix - 1, known_keys[k]);
         }
         if (!known) {
-            return kvq_fail(KVQ_ERR_UNSUPPORTED,
-                            "metadata key %s is not implemented, and without it the text would be wrong",
-                            kvq_show(meta.key, meta.key_length).text);
+            return kvq_fail(
+                KVQ_ERR_UNSUPPORTED,
+                "metadata key %s is not implemented, and without it the text would be wrong",
+                kvq_show(meta.key, meta.key_length).text);
         }
     }
     return KVQ_OK;
@@ -94,8 +113,8 @@ static const char *key(keys *k, const char *suffix) {
 static kvq_status read_count(keys *k, const char *suffix, uint32_t most, uint32_t *out) {
     kvq_status status = kvq_gguf_get_u32(k->file, key(k, suffix), out);
     if (status == KVQ_OK && (*out < 1 || *out > most)) {
-        status = kvq_fail(KVQ_ERR_FORMAT, "metadata key %s is %u or missing, expected 1 to %u", k->name,
-                          *out, most);
+        status = kvq_fail(KVQ_ERR_FORMAT, "metadata key %s is %u or missing, expected 1 to %u",
+                          k->name, *out, most);
     }
     return status;
 }
@@ -103,8 +122,9 @@ static kvq_status read_count(keys *k, const char *suffix, uint32_t most, uint32_
 static kvq_status read_positive(keys *k, const char *suffix, float *out) {
     kvq_status status = kvq_gguf_get_f32(k->file, key(k, suffix), out);
     if (status == KVQ_OK && !(*out > 0 && *out <= 1e30f)) {
-        status = kvq_fail(KVQ_ERR_FORMAT, "metadata key %s is %g or missing, expected a positive number",
-                          k->name, (double)*out);
+        status =
+            kvq_fail(KVQ_ERR_FORMAT, "metadata key %s is %g or missing, expected a positive number",
+                     k->name, (double)*out);
     }
     return status;
 }
@@ -115,14 +135,16 @@ static kvq_status read_rope(keys *k, kvq_config *c) {
     c->rope_scale = 1.0f;
     c->d_rope = c->d_head;
     if ((status = read_positive(k, "rope.freq_base", &c->rope_base)) != KVQ_OK) return status;
-    if ((status = read_count(k, "rope.dimension_count", c->d_head, &c->d_rope)) != KVQ_OK) return status;
+    if ((status = read_count(k, "rope.dimension_count", c->d_head, &c->d_rope)) != KVQ_OK)
+        return status;
     if (c->d_rope % 2) {
         return kvq_fail(KVQ_ERR_FORMAT, "metadata key %s is %u, expected an even number",
                         key(k, "rope.dimension_count"), c->d_rope);
     }
     const char *type = "none";
     size_t length = 4;
-    if ((status = kvq_gguf_get_string(k->file, key(k, "rope.scaling.type"), &type, &length)) != KVQ_OK) {
+    if ((status = kvq_gguf_get_string(k->file, key(k, "rope.scaling.type"), &type, &length)) !=
+        KVQ_OK) {
         return status;
     }
     if (equals(type, length, "linear")) {
@@ -141,23 +163,27 @@ static kvq_status refuse_variants(keys *k, const kvq_config *c) {
     kvq_status status;
     uint32_t experts = 0, sliding = 0;
     bool causal = true;
-    if ((status = kvq_gguf_get_u32(k->file, key(k, "expert_count"), &experts)) != KVQ_OK) return status;
+    if ((status = kvq_gguf_get_u32(k->file, key(k, "expert_count"), &experts)) != KVQ_OK)
+        return status;
     if (experts) {
-        return kvq_fail(KVQ_ERR_UNSUPPORTED, "metadata key %s is %u: mixtures of experts are not implemented",
-                        k->name, experts);
+        return kvq_fail(KVQ_ERR_UNSUPPORTED,
+                        "metadata key %s is %u: mixtures of experts are not implemented", k->name,
+                        experts);
     }
-    if ((status = kvq_gguf_get_u32(k->file, key(k, "attention.sliding_window"), &sliding)) != KVQ_OK) {
+    if ((status = kvq_gguf_get_u32(k->file, key(k, "attention.sliding_window"), &sliding)) !=
+        KVQ_OK) {
         return status;
     }
     if (sliding && sliding < c->n_ctx_train) {
         return kvq_fail(KVQ_ERR_UNSUPPORTED,
-                        "metadata key %s is %u: sliding-window attention is not implemented", k->name,
-                        sliding);
+                        "metadata key %s is %u: sliding-window attention is not implemented",
+                        k->name, sliding);
     }
-    if ((status = kvq_gguf_get_bool(k->file, key(k, "attention.causal"), &causal)) != KVQ_OK) return status;
+    if ((status = kvq_gguf_get_bool(k->file, key(k, "attention.causal"), &causal)) != KVQ_OK)
+        return status;
     if (!causal) {
-        return kvq_fail(KVQ_ERR_UNSUPPORTED, "metadata key %s is false: only causal models are implemented",
-                        k->name);
+        return kvq_fail(KVQ_ERR_UNSUPPORTED,
+                        "metadata key %s is false: only causal models are implemented", k->name);
     }
     return KVQ_OK;
 }
@@ -170,26 +196,31 @@ static kvq_status read_config(const kvq_gguf *file, kvq_config *c) {
     if ((status = refuse_unknown_keys(file, c)) != KVQ_OK) return status;
     k.architecture = c->architecture;
     if ((status = read_count(&k, "block_count", 4096, &c->n_layers)) != KVQ_OK) return status;
-    if ((status = read_count(&k, "context_length", 1 << 30, &c->n_ctx_train)) != KVQ_OK) return status;
+    if ((status = read_count(&k, "context_length", 1 << 30, &c->n_ctx_train)) != KVQ_OK)
+        return status;
     if ((status = read_count(&k, "embedding_length", MOST, &c->d_model)) != KVQ_OK) return status;
     if ((status = read_count(&k, "feed_forward_length", MOST, &c->d_ff)) != KVQ_OK) return status;
-    if ((status = read_count(&k, "attention.head_count", 4096, &c->n_heads)) != KVQ_OK) return status;
+    if ((status = read_count(&k, "attention.head_count", 4096, &c->n_heads)) != KVQ_OK)
+        return status;
     c->n_kv_heads = c->n_heads;
     status = read_count(&k, "attention.head_count_kv", c->n_heads, &c->n_kv_heads);
     if (status != KVQ_OK) return status;
     if (c->n_heads % c->n_kv_heads) {
-        return kvq_fail(KVQ_ERR_FORMAT, "metadata: %u heads cannot share %u KV heads evenly", c->n_heads,
-                        c->n_kv_heads);
+        return kvq_fail(KVQ_ERR_FORMAT, "metadata: %u heads cannot share %u KV heads evenly",
+                        c->n_heads, c->n_kv_heads);
     }
     c->d_head = c->d_model / c->n_heads;
-    if ((status = read_count(&k, "attention.key_length", 65536, &c->d_head)) != KVQ_OK) return status;
+    if ((status = read_count(&k, "attention.key_length", 65536, &c->d_head)) != KVQ_OK)
+        return status;
     uint32_t d_value = c->d_head;
-    if ((status = read_count(&k, "attention.value_length", 65536, &d_value)) != KVQ_OK) return status;
+    if ((status = read_count(&k, "attention.value_length", 65536, &d_value)) != KVQ_OK)
+        return status;
     if (d_value != c->d_head || c->d_head % 2) {
-        return kvq_fail(KVQ_ERR_UNSUPPORTED,
-                        "metadata: heads are %u wide for keys and %u for values; implemented are equal, "
-                        "even widths",
-                        c->d_head, d_value);
+        return kvq_fail(
+            KVQ_ERR_UNSUPPORTED,
+            "metadata: heads are %u wide for keys and %u for values; implemented are equal, "
+            "even widths",
+            c->d_head, d_value);
     }
     status = read_positive(&k, "attention.layer_norm_rms_epsilon", &c->norm_epsilon);
     if (status != KVQ_OK) return status;
@@ -197,7 +228,7 @@ static kvq_status read_config(const kvq_gguf *file, kvq_config *c) {
     return refuse_variants(&k, c);
 }
 
-/* ---- tensors ----------------------------------------------------------------------------------- */
+/* ---- tensors ----------------------------------------------------------------------------- */
 
 typedef enum need { REQUIRED, OPTIONAL, QKV_BIAS } need;
 
@@ -222,9 +253,9 @@ enum {
 };
 
 static void make_slots(const kvq_config *c, slot *of_model, slot *of_layer) {
-#define KVQ_MODEL_TENSOR(MEMBER, NAME, COLS, ROWS, NEED)                                             \
+#define KVQ_MODEL_TENSOR(MEMBER, NAME, COLS, ROWS, NEED)                                           \
     *of_model++ = (slot){NAME, offsetof(kvq_model, MEMBER), COLS, ROWS, NEED};
-#define KVQ_LAYER_TENSOR(MEMBER, NAME, COLS, ROWS, NEED)                                             \
+#define KVQ_LAYER_TENSOR(MEMBER, NAME, COLS, ROWS, NEED)                                           \
     *of_layer++ = (slot){NAME, offsetof(kvq_layer, MEMBER), COLS, ROWS, NEED};
 #include "tensors.def"
 #undef KVQ_MODEL_TENSOR
@@ -236,13 +267,15 @@ static kvq_tensor *member(void *owner, const slot *s) {
 }
 
 /* "blk.12.attn_q.weight" -> layer 12, "attn_q.weight"; false if it has no such form. */
-static bool split_layer_name(const kvq_gguf_tensor *t, uint32_t *layer, const char **rest, size_t *length) {
+static bool split_layer_name(const kvq_gguf_tensor *t, uint32_t *layer, const char **rest,
+                             size_t *length) {
     size_t i = 4;
     if (t->name_length < 7 || memcmp(t->name, "blk.", 4) != 0) return false;
     for (*layer = 0; i < t->name_length && t->name[i] >= '0' && t->name[i] <= '9' && i < 10; i++) {
         *layer = *layer * 10 + (uint32_t)(t->name[i] - '0');
     }
-    if (i == 4 || i >= t->name_length || t->name[i] != '.' || (t->name[4] == '0' && i > 5)) return false;
+    if (i == 4 || i >= t->name_length || t->name[i] != '.' || (t->name[4] == '0' && i > 5))
+        return false;
     *rest = t->name + i + 1;
     *length = t->name_length - i - 1;
     return true;
@@ -255,15 +288,19 @@ static kvq_status bind_tensor(kvq_tensor *out, const slot *s, const kvq_gguf_ten
     kvq_ggml_type_size(t->type, &type, &block, &bytes);
     if (t->n_dims > 2 || t->shape[0] != s->cols || t->shape[1] != s->rows) {
         return kvq_fail(KVQ_ERR_FORMAT, "tensor %s: shape %llux%llu, expected %ux%u", name.text,
-                        (unsigned long long)t->shape[0], (unsigned long long)t->shape[1], s->cols, s->rows);
+                        (unsigned long long)t->shape[0], (unsigned long long)t->shape[1], s->cols,
+                        s->rows);
     }
     const int kind = kvq_weight_find(t->type);
     if (kind < 0 || (s->rows == 1 && kind != KVQ_WEIGHT_F32)) {
-        return kvq_fail(KVQ_ERR_UNSUPPORTED, "tensor %s: type %s is not implemented%s", name.text, type,
-                        s->rows == 1 ? " for vectors, expected F32" : "");
+        return kvq_fail(KVQ_ERR_UNSUPPORTED, "tensor %s: type %s is not implemented%s", name.text,
+                        type, s->rows == 1 ? " for vectors, expected F32" : "");
     }
     const kvq_weight_format *const format = &kvq_weight_formats[kind];
-    *out = (kvq_tensor){.data = t->data, .kind = (kvq_weight_kind)kind, .rows = s->rows, .cols = s->cols,
+    *out = (kvq_tensor){.data = t->data,
+                        .kind = (kvq_weight_kind)kind,
+                        .rows = s->rows,
+                        .cols = s->cols,
                         .row_bytes = (size_t)s->cols / format->block * format->bytes};
     return KVQ_OK;
 }
@@ -275,7 +312,8 @@ static const slot *find_slot(const slot *slots, int n, const char *name, size_t 
     return NULL;
 }
 
-static kvq_status check_present(void *owner, const slot *slots, int n, bool qkv_bias, const char *prefix) {
+static kvq_status check_present(void *owner, const slot *slots, int n, bool qkv_bias,
+                                const char *prefix) {
     for (int i = 0; i < n; i++) {
         const bool required = slots[i].need == REQUIRED || (slots[i].need == QKV_BIAS && qkv_bias);
         if (required && !member(owner, &slots[i])->data) {
@@ -308,7 +346,8 @@ kvq_status kvq_arch_bind(kvq_model *model) {
     slot of_model[N_MODEL_SLOTS], of_layer[N_LAYER_SLOTS];
     make_slots(c, of_model, of_layer);
     model->layers = kvq_alloc(c->n_layers * sizeof *model->layers);
-    if (!model->layers) return kvq_fail(KVQ_ERR_MEMORY, "there is no memory for %u layers", c->n_layers);
+    if (!model->layers)
+        return kvq_fail(KVQ_ERR_MEMORY, "there is no memory for %u layers", c->n_layers);
 
     for (uint64_t i = 0; i < n_tensors; i++) {
         uint32_t layer;

@@ -1,8 +1,8 @@
 /* arch.h: a model as data: the configuration read from metadata, and every tensor bound to a name.
  *
- * A new architecture is a row of arch.def; a new tensor a row of tensors.def. What the core does not
- * implement (an architecture, a tensor, a metadata value) is an error at open that names it, since silence
- * would give wrong text. Called by session.c; read by forward.c.
+ * A new architecture is a row of arch.def; a new tensor a row of tensors.def. What the core does
+ * not implement (an architecture, a tensor, a metadata value) is an error at open that names it,
+ * since silence would give wrong text. Called by session.c; read by forward.c.
  */
 #ifndef KVQ_ARCH_H
 #define KVQ_ARCH_H
@@ -20,7 +20,7 @@ typedef struct kvq_config {
     kvq_rope_kind rope;
     bool qkv_bias; /* q, k and v must have biases */
     uint32_t n_layers, n_heads, n_kv_heads, d_model, d_head, d_ff, n_vocab, n_ctx_train;
-    uint32_t d_rope;  /* first channels of a head that are rotated */
+    uint32_t d_rope; /* first channels of a head that are rotated */
     float rope_base;
     float rope_scale; /* positions are divided by it (linear scaling) */
     float norm_epsilon;

@@ -1,6 +1,8 @@
-/* base.h: what every file of the core shares: statuses, the error sentence, sizes, f16, byte access.
+/* base.h: what every file of the core shares: statuses, the error sentence, sizes, f16, byte
+ * access.
  *
- * Owns the thread-local error sentence (error.c) and nothing else. Leaf: includes no sibling but kvq.h.
+ * Owns the thread-local error sentence (error.c) and nothing else. Leaf: includes no sibling but
+ * kvq.h.
  */
 #ifndef KVQ_BASE_H
 #define KVQ_BASE_H
@@ -14,15 +16,16 @@
 
 _Static_assert(sizeof(size_t) == 8, "sizes are computed in 64 bits");
 
-/* Records one full sentence for kvq_error() on this thread and returns `code`, so that a failure reads
- * `return kvq_fail(KVQ_ERR_FORMAT, "tensor %s: ...", name);`. The sentence is cut at 512 bytes. */
+/* Records one full sentence for kvq_error() on this thread and returns `code`, so that a failure
+ * reads `return kvq_fail(KVQ_ERR_FORMAT, "tensor %s: ...", name);`. The sentence is cut at 512
+ * bytes. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-kvq_status
-kvq_fail(kvq_status code, const char *format, ...);
+kvq_status kvq_fail(kvq_status code, const char *format, ...);
 
-/* Bytes of a file made fit for an error sentence: printable ASCII, the rest escaped, and not too long. */
+/* Bytes of a file made fit for an error sentence: printable ASCII, the rest escaped, and not too
+ * long. */
 typedef struct kvq_shown {
     char text[84];
 } kvq_shown;
@@ -50,8 +53,8 @@ static inline size_t kvq_round_up(size_t n, size_t unit) { return (n + unit - 1)
 void *kvq_alloc(size_t bytes);
 void kvq_free(void *p); /* takes NULL */
 
-/* Parts laid out one after the other in one piece of memory. The same function lays out twice: with base
- * NULL it only counts the bytes, with memory of that size it hands out the parts. */
+/* Parts laid out one after the other in one piece of memory. The same function lays out twice: with
+ * base NULL it only counts the bytes, with memory of that size it hands out the parts. */
 typedef struct kvq_arena {
     uint8_t *base;
     size_t used;
@@ -63,7 +66,8 @@ static inline void *kvq_arena_take(kvq_arena *arena, size_t bytes) {
     return p;
 }
 
-/* IEEE 754 binary16, round to nearest even; plain integer arithmetic, so the same on every machine. */
+/* IEEE 754 binary16, round to nearest even; plain integer arithmetic, so the same on every machine.
+ */
 static inline float kvq_f16_to_f32(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
     const uint32_t exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;

@@ -59,10 +59,11 @@ kvq_status kvq_isa_choose(const kvq_isa **out) {
         *out = best_first[i];
         return KVQ_OK;
     }
-    return kvq_fail(KVQ_ERR_ARGUMENT,
-                    "the environment variable KVQ_ISA is \"%.32s\", but the instruction sets available "
-                    "here are: %s",
-                    wanted ? wanted : "", kvq_isa_available());
+    return kvq_fail(
+        KVQ_ERR_ARGUMENT,
+        "the environment variable KVQ_ISA is \"%.32s\", but the instruction sets available "
+        "here are: %s",
+        wanted ? wanted : "", kvq_isa_available());
 }
 
 kvq_status kvq_isa_selected(const char **name) {

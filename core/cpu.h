@@ -4,9 +4,8 @@
 
 int kvq_cpu_count(void); /* online processors */
 
-
-/* Bytes that can be had without paging: free memory and what the system holds as a cache of files; the
- * whole memory where the system does not tell. */
+/* Bytes that can be had without paging: free memory and what the system holds as a cache of files;
+ * the whole memory where the system does not tell. */
 double kvq_memory_available(void);
 
 #endif

@@ -28,8 +28,10 @@ kvq_shown kvq_show(const void *bytes, size_t n) {
             used += 3;
             break;
         }
-        if (b[i] >= 0x20 && b[i] < 0x7f) s.text[used++] = (char)b[i];
-        else used += (size_t)snprintf(s.text + used, 5, "\\x%02x", b[i]);
+        if (b[i] >= 0x20 && b[i] < 0x7f)
+            s.text[used++] = (char)b[i];
+        else
+            used += (size_t)snprintf(s.text + used, 5, "\\x%02x", b[i]);
     }
     s.text[used] = 0;
     return s;

@@ -21,7 +21,7 @@ struct kvq_gguf {
     kvq_directory tensors; /* of all parts, part after part */
 };
 
-/* ---- metadata by key ------------------------------------------------------------------------- */
+/* ---- metadata by key --------------------------------------------------------------------- */
 
 static const char *type_name(int32_t type) {
     static const char *const names[] = {"u8",   "i8",     "u16",   "i16", "u32", "i32", "f32",
@@ -92,7 +92,7 @@ static kvq_status get_u32(const kvq_gguf_part *part, const char *key, uint32_t *
     return KVQ_OK;
 }
 
-/* ---- opening --------------------------------------------------------------------------------- */
+/* ---- opening ----------------------------------------------------------------------------- */
 
 static void set_label(kvq_gguf_part *part, const char *path) {
     const size_t length = strlen(path), room = sizeof part->label - sizeof "...";
@@ -152,7 +152,7 @@ static kvq_status read_tensors(kvq_gguf *file) {
     return kvq_directory_sort(&file->tensors, file->parts[0].label, "tensor");
 }
 
-/* ---- split files ----------------------------------------------------------------------------- */
+/* ---- split files ------------------------------------------------------------------------- */
 
 /* What a part says of the whole. A file that is not split says nothing, or a count of 0 or 1. */
 typedef struct split {
@@ -257,7 +257,7 @@ static kvq_status open_split(kvq_gguf *file, char *path) {
     return open_other_parts(file, path, &whole);
 }
 
-/* ---- open and close -------------------------------------------------------------------------- */
+/* ---- open and close ---------------------------------------------------------------------- */
 
 static kvq_gguf *new_file(void) {
     kvq_gguf *const file = kvq_alloc(sizeof *file);
@@ -323,7 +323,7 @@ kvq_status kvq_gguf_open_memory(kvq_gguf **out, const uint8_t *data, size_t byte
     return finish_open(out, file, status);
 }
 
-/* ---- contents -------------------------------------------------------------------------------- */
+/* ---- contents ---------------------------------------------------------------------------- */
 
 uint64_t kvq_gguf_meta_count(const kvq_gguf *file) { return file->parts[0].metadata.count; }
 

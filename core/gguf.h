@@ -1,9 +1,9 @@
 /* gguf.h: reads GGUF files (v2, v3, little-endian, split or whole) from memory maps.
  *
- * Owns the maps and a compact directory of metadata and tensors. Knows no model. Every count, length,
- * offset and product is checked against the file before it is used, and nothing is allocated beyond the
- * size of the file plus a constant: the file is untrusted. Called by arch.c and session.c.
- * Source: the GGUF specification (ggml docs/gguf.md).
+ * Owns the maps and a compact directory of metadata and tensors. Knows no model. Every count,
+ * length, offset and product is checked against the file before it is used, and nothing is
+ * allocated beyond the size of the file plus a constant: the file is untrusted. Called by arch.c
+ * and session.c. Source: the GGUF specification (ggml docs/gguf.md).
  */
 #ifndef KVQ_GGUF_H
 #define KVQ_GGUF_H
@@ -22,8 +22,8 @@ typedef struct kvq_gguf_tensor {
     uint64_t bytes; /* of data, checked to lie in its file */
 } kvq_gguf_tensor;
 
-/* Maps `path`. For a file named NAME-00001-of-000NN.gguf whose metadata say split.count > 1, maps the
- * others beside it too; a later part of a split as `path` is an error that names the first. */
+/* Maps `path`. For a file named NAME-00001-of-000NN.gguf whose metadata say split.count > 1, maps
+ * the others beside it too; a later part of a split as `path` is an error that names the first. */
 kvq_status kvq_gguf_open(kvq_gguf **out, const char *path);
 
 /* The same over bytes that the caller owns and keeps alive (a single file; used by the fuzzer). */
@@ -40,14 +40,16 @@ uint64_t kvq_gguf_tensor_count(const kvq_gguf *file); /* over all parts */
 void kvq_gguf_tensor_at(const kvq_gguf *file, uint64_t index, kvq_gguf_tensor *out);
 bool kvq_gguf_find_tensor(const kvq_gguf *file, const char *name, kvq_gguf_tensor *out);
 
-/* Typed access. An absent key leaves *out as it was (the caller's default) and is no error; a value of
- * another type, or one that does not fit, is an error that names the key, what was found and what was
- * expected. Any integer type of the file serves where the value fits; so does an array's first element
- * if all elements are equal (some files give per-layer arrays); f64 serves for f32. */
+/* Typed access. An absent key leaves *out as it was (the caller's default) and is no error; a value
+ * of another type, or one that does not fit, is an error that names the key, what was found and
+ * what was expected. Any integer type of the file serves where the value fits; so does an array's
+ * first element if all elements are equal (some files give per-layer arrays); f64 serves for f32.
+ */
 kvq_status kvq_gguf_get_u32(const kvq_gguf *file, const char *key, uint32_t *out);
 kvq_status kvq_gguf_get_f32(const kvq_gguf *file, const char *key, float *out);
 kvq_status kvq_gguf_get_bool(const kvq_gguf *file, const char *key, bool *out);
 /* The string's bytes in the file, no final zero; *length is set with it. */
-kvq_status kvq_gguf_get_string(const kvq_gguf *file, const char *key, const char **out, size_t *length);
+kvq_status kvq_gguf_get_string(const kvq_gguf *file, const char *key, const char **out,
+                               size_t *length);
 
 #endif

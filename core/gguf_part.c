@@ -18,7 +18,7 @@ static kvq_shown show_name(const uint8_t *entry) {
     return kvq_show(entry + 8, (size_t)kvq_load_u64(entry));
 }
 
-/* ---- directory ------------------------------------------------------------------------------- */
+/* ---- directory --------------------------------------------------------------------------- */
 
 kvq_status kvq_directory_open(kvq_directory *out, uint32_t count) {
     const uint8_t **const at = kvq_alloc(((size_t)count + 1) * sizeof *at);
@@ -109,7 +109,7 @@ bool kvq_directory_find(const kvq_directory *directory, const char *name, uint32
     return false;
 }
 
-/* ---- reading with bounds --------------------------------------------------------------------- */
+/* ---- reading with bounds ----------------------------------------------------------------- */
 
 /* Where a walk over entries stands; `what`, `index` and `count` serve the error sentences. */
 typedef struct reader {
@@ -158,7 +158,7 @@ static kvq_status read_name(reader *r, uint64_t bytes_max) {
     return KVQ_OK;
 }
 
-/* ---- header and metadata --------------------------------------------------------------------- */
+/* ---- header and metadata ----------------------------------------------------------------- */
 
 static kvq_status check_version(const char *label, uint32_t version) {
     if (version == 2 || version == 3) return KVQ_OK;
@@ -295,7 +295,7 @@ void kvq_gguf_part_meta(const kvq_gguf_part *part, uint32_t index, kvq_meta *out
     out->bytes = (uint64_t)(part->metadata.at[index + 1] - p);
 }
 
-/* ---- tensors --------------------------------------------------------------------------------- */
+/* ---- tensors ----------------------------------------------------------------------------- */
 
 /* The fields of an entry that lies in the file and has 1 to 4 dimensions; returns the offset. */
 static uint64_t tensor_fields(const uint8_t *at, kvq_gguf_tensor *out) {

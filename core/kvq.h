@@ -1,15 +1,17 @@
-/* kvq.h: the public interface of the pykvq core, a runtime for GGUF language models whose KV cache is
- * quantized in blocks: `sinks (f16) | sealed blocks | recent rows (f16)`, per layer and KV head.
+/* kvq.h: the public interface of the pykvq core, a runtime for GGUF language models whose KV cache
+ * is quantized in blocks: `sinks (f16) | sealed blocks | recent rows (f16)`, per layer and KV head.
  *
- * Two objects. A `kvq_model` is a mapped file: immutable once open, shared by any number of sessions and
- * threads. A `kvq_session` is one timeline of tokens with its KV cache: used by one thread at a time,
- * except kvq_session_cancel, which any thread may call. A session must be closed before its model.
+ * Two objects. A `kvq_model` is a mapped file: immutable once open, shared by any number of
+ * sessions and threads. A `kvq_session` is one timeline of tokens with its KV cache: used by one
+ * thread at a time, except kvq_session_cancel, which any thread may call. A session must be closed
+ * before its model.
  *
- * Errors: a function that can fail returns a status; for anything but KVQ_OK, kvq_error() gives one full
- * sentence on the same thread until the next failure there. Nothing prints, exits or aborts.
+ * Errors: a function that can fail returns a status; for anything but KVQ_OK, kvq_error() gives one
+ * full sentence on the same thread until the next failure there. Nothing prints, exits or aborts.
  * Memory: everything is allocated by the open functions; evaluating allocates nothing.
  *
- * Python's bindings are generated from the part between the cffi marks below: declarations only there.
+ * Python's bindings are generated from the part between the cffi marks below: declarations only
+ * there.
  */
 #ifndef KVQ_H
 #define KVQ_H
@@ -23,7 +25,8 @@ extern "C" {
 
 /* [cffi-begin] */
 
-typedef enum kvq_status { /* values are part of the interface and never change */
+/* The values are part of the interface and never change. */
+typedef enum kvq_status {
     KVQ_OK = 0,
     KVQ_ERR_ARGUMENT = 1,    /* a caller's value is out of range */
     KVQ_ERR_IO = 2,          /* the file cannot be opened, mapped or read */
@@ -31,7 +34,7 @@ typedef enum kvq_status { /* values are part of the interface and never change *
     KVQ_ERR_UNSUPPORTED = 4, /* valid, but not implemented: architecture, tensor, type, value */
     KVQ_ERR_MEMORY = 5,      /* not enough memory */
     KVQ_ERR_CONTEXT = 6,     /* the session's context is full */
-    KVQ_CANCELLED = 7        /* kvq_session_cancel, or a progress callback, stopped the evaluation */
+    KVQ_CANCELLED = 7        /* kvq_session_cancel or a progress callback stopped the evaluation */
 } kvq_status;
 
 typedef struct kvq_model kvq_model;
@@ -40,7 +43,7 @@ typedef struct kvq_session kvq_session;
 const char *kvq_version(void);
 const char *kvq_error(void);
 
-/* ---- model ------------------------------------------------------------------------------------- */
+/* ---- model ------------------------------------------------------------------------------- */
 
 typedef struct kvq_model_info {
     const char *architecture; /* owned by the model */
@@ -51,29 +54,40 @@ typedef struct kvq_model_info {
     uint64_t bytes_weights; /* tensor data as mapped */
 } kvq_model_info;
 
-/* Maps `path` (all files of a split one) and checks every tensor that the architecture needs. Weights
- * stay mapped and are never expanded. The file must not be cut while it is open. */
+/* Maps `path` (all files of a split one) and checks every tensor that the architecture needs.
+ * Weights stay mapped and are never expanded. The file must not be cut while it is open. */
 kvq_status kvq_model_open(kvq_model **out, const char *path);
 void kvq_model_close(kvq_model *model); /* takes NULL */
 void kvq_model_describe(const kvq_model *model, kvq_model_info *out);
 
-typedef enum kvq_meta_type { /* numbered as in the GGUF specification */
-    KVQ_META_U8 = 0, KVQ_META_I8 = 1, KVQ_META_U16 = 2, KVQ_META_I16 = 3, KVQ_META_U32 = 4,
-    KVQ_META_I32 = 5, KVQ_META_F32 = 6, KVQ_META_BOOL = 7, KVQ_META_STRING = 8, KVQ_META_ARRAY = 9,
-    KVQ_META_U64 = 10, KVQ_META_I64 = 11, KVQ_META_F64 = 12
+/* Numbered as in the GGUF specification. */
+typedef enum kvq_meta_type {
+    KVQ_META_U8 = 0,
+    KVQ_META_I8 = 1,
+    KVQ_META_U16 = 2,
+    KVQ_META_I16 = 3,
+    KVQ_META_U32 = 4,
+    KVQ_META_I32 = 5,
+    KVQ_META_F32 = 6,
+    KVQ_META_BOOL = 7,
+    KVQ_META_STRING = 8,
+    KVQ_META_ARRAY = 9,
+    KVQ_META_U64 = 10,
+    KVQ_META_I64 = 11,
+    KVQ_META_F64 = 12
 } kvq_meta_type;
 
-/* One metadata entry. `data` points into the mapped file, little-endian, unaligned; it holds the value,
- * or the `count` elements of an array one after the other. A string is its length (u64) and its bytes,
- * without a final zero. Valid until the model is closed. */
+/* One metadata entry. `data` points into the mapped file, little-endian, unaligned; it holds the
+ * value, or the `count` elements of an array one after the other. A string is its length (u64) and
+ * its bytes, without a final zero. Valid until the model is closed. */
 typedef struct kvq_meta {
     const char *key; /* key_length bytes, no final zero */
     uint64_t key_length;
-    int32_t type;    /* kvq_meta_type; for an array, of its elements */
+    int32_t type; /* kvq_meta_type; for an array, of its elements */
     int32_t is_array;
-    uint64_t count;  /* elements; 1 if not an array */
+    uint64_t count; /* elements; 1 if not an array */
     const uint8_t *data;
-    uint64_t bytes;  /* length of data */
+    uint64_t bytes; /* length of data */
 } kvq_meta;
 
 uint64_t kvq_model_meta_count(const kvq_model *model);
@@ -91,34 +105,34 @@ typedef struct kvq_tensor_info {
 uint64_t kvq_model_tensor_count(const kvq_model *model);
 kvq_status kvq_model_tensor(const kvq_model *model, uint64_t index, kvq_tensor_info *out);
 
-/* ---- KV schemes -------------------------------------------------------------------------------- */
+/* ---- KV schemes -------------------------------------------------------------------------- */
 
 /* A row of schemes.def for one head width: what `--kv NAME` means and what it costs. */
 typedef struct kvq_scheme_info {
     const char *name;
-    const char *summary;               /* one line */
-    const char *basis_k, *basis_v;     /* e.g. "hadamard" */
-    const char *basis_k_biased;        /* of keys in layers whose key projection has a bias */
-    const char *codec_k, *codec_v;     /* e.g. "u2" */
-    int32_t sinks, window;             /* defaults, in tokens */
-    int32_t block;                     /* tokens per sealed block */
-    double bits_k, bits_v;             /* per element of a sealed block, all its metadata included */
+    const char *summary;           /* one line */
+    const char *basis_k, *basis_v; /* e.g. "hadamard" */
+    const char *basis_k_biased;    /* of keys in layers whose key projection has a bias */
+    const char *codec_k, *codec_v; /* e.g. "u2" */
+    int32_t sinks, window;         /* defaults, in tokens */
+    int32_t block;                 /* tokens per sealed block */
+    double bits_k, bits_v;         /* per element of a sealed block, all its metadata included */
 } kvq_scheme_info;
 
 int32_t kvq_scheme_count(void);
-/* Fills `out` for scheme number `index` and heads of width `d_head`. KVQ_ERR_ARGUMENT for an index out
- * of range, KVQ_ERR_UNSUPPORTED where the scheme has no form for that width. */
+/* Fills `out` for scheme number `index` and heads of width `d_head`. KVQ_ERR_ARGUMENT for an index
+ * out of range, KVQ_ERR_UNSUPPORTED where the scheme has no form for that width. */
 kvq_status kvq_scheme_describe(int32_t index, int32_t d_head, kvq_scheme_info *out);
 
-/* ---- session ----------------------------------------------------------------------------------- */
+/* ---- session ----------------------------------------------------------------------------- */
 
 typedef struct kvq_session_options {
     const char *scheme; /* NULL: "skvq" */
-    int32_t n_ctx;      /* tokens that the cache holds; 0: the smaller of the trained context and 4096 */
-    int32_t n_batch;    /* tokens per pass through the layers; 0: 512 */
-    int32_t n_threads;  /* 0: the number of online processors */
-    int32_t sinks;      /* first tokens kept in f16; -1: the scheme's default */
-    int32_t window;     /* last tokens kept in f16; -1: the scheme's default */
+    int32_t n_ctx; /* tokens that the cache holds; 0: the smaller of the trained context and 4096 */
+    int32_t n_batch;   /* tokens per pass through the layers; 0: 512 */
+    int32_t n_threads; /* 0: the number of online processors */
+    int32_t sinks;     /* first tokens kept in f16; -1: the scheme's default */
+    int32_t window;    /* last tokens kept in f16; -1: the scheme's default */
 } kvq_session_options;
 
 /* Called before each layer of each pass, on the calling thread; returning non-zero cancels. */
@@ -127,43 +141,43 @@ typedef int32_t (*kvq_progress)(void *user, int32_t n_done, int32_t n_total);
 typedef enum kvq_logits { KVQ_LOGITS_NONE = 0, KVQ_LOGITS_LAST = 1, KVQ_LOGITS_ALL = 2 } kvq_logits;
 
 typedef struct kvq_session_stats {
-    const char *isa;    /* instruction set of the kernels that run */
+    const char *isa; /* instruction set of the kernels that run */
     const char *scheme;
     int32_t n_ctx, n_batch, n_threads, sinks, window;
     int32_t n_tokens;        /* in the cache now */
     int32_t n_tokens_sealed; /* of these, in sealed blocks */
     uint64_t bytes_kv;       /* allocated for the cache: the sum of the three below */
     uint64_t bytes_sinks, bytes_sealed, bytes_recent;
-    uint64_t bytes_scratch;  /* everything else that the session allocated */
+    uint64_t bytes_scratch;              /* everything else that the session allocated */
     double bits_sealed_k, bits_sealed_v; /* per element of a sealed block, metadata included */
-    double bits_full;   /* 8 * bytes_kv over the elements of n_ctx tokens: everything included */
-    double bits_used;   /* the same for the n_tokens held now, sealed blocks counted as filled */
-    uint64_t n_evaluated;    /* tokens since the session was opened */
+    double bits_full;     /* 8 * bytes_kv over the elements of n_ctx tokens: everything included */
+    double bits_used;     /* the same for the n_tokens held now, sealed blocks counted as filled */
+    uint64_t n_evaluated; /* tokens since the session was opened */
     double seconds_evaluated;
 } kvq_session_stats;
 
-kvq_status kvq_session_open(kvq_session **out, const kvq_model *model, const kvq_session_options *options);
+kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
+                            const kvq_session_options *options);
 void kvq_session_close(kvq_session *session); /* takes NULL */
 
 /* Appends tokens[n] to the timeline. Logits (f32) go to logits[n_vocab] for KVQ_LOGITS_LAST, to
- * logits[n][n_vocab] for KVQ_LOGITS_ALL. On an error or a cancellation the cache holds the passes that
- * were completed; stats.n_tokens says how many tokens that is.
- * The result does not depend on the number of threads, nor on how the tokens are cut into calls or
- * passes as long as none of them crosses a token at which a block is sealed (see
- * kvq_session_until_seal). */
-kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t n, kvq_logits which,
-                            float *logits, kvq_progress progress, void *user);
+ * logits[n][n_vocab] for KVQ_LOGITS_ALL. On an error or a cancellation the cache holds the passes
+ * that were completed; stats.n_tokens says how many tokens that is. The result does not depend on
+ * the number of threads, nor on how the tokens are cut into calls or passes as long as none of them
+ * crosses a token at which a block is sealed (see kvq_session_until_seal). */
+kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t n,
+                            kvq_logits which, float *logits, kvq_progress progress, void *user);
 
-/* Tokens that can follow before the next block is sealed (at least 1). Passes that do not exceed it read
- * the very cache that token-by-token decoding reads. INT32_MAX if the scheme never seals. */
+/* Tokens that can follow before the next block is sealed (at least 1). Passes that do not exceed it
+ * read the very cache that token-by-token decoding reads. INT32_MAX if the scheme never seals. */
 int32_t kvq_session_until_seal(const kvq_session *session);
 
-/* Keeps the first n tokens. When n falls inside a sealed block, that block's rows return to f16 as the
- * codes give them back: what was lost in sealing stays lost. */
+/* Keeps the first n tokens. When n falls inside a sealed block, that block's rows return to f16 as
+ * the codes give them back: what was lost in sealing stays lost. */
 kvq_status kvq_session_truncate(kvq_session *session, int32_t n);
 
-/* Stops a running evaluation within one layer's time; it returns KVQ_CANCELLED. Without one running it
- * does nothing. Any thread may call it. */
+/* Stops a running evaluation within one layer's time; it returns KVQ_CANCELLED. Without one running
+ * it does nothing. Any thread may call it. */
 void kvq_session_cancel(kvq_session *session);
 
 void kvq_session_describe(const kvq_session *session, kvq_session_stats *out);
@@ -176,8 +190,8 @@ kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_hea
 /* Allocations made by the core since the process started: evaluating leaves it unchanged. */
 uint64_t kvq_alloc_calls(void);
 
-/* The instruction sets this build knows and this processor has, best first, comma-separated; and the one
- * that sessions use: the best, or the one that the environment variable KVQ_ISA names. */
+/* The instruction sets this build knows and this processor has, best first, comma-separated; and
+ * the one that sessions use: the best, or the one that the environment variable KVQ_ISA names. */
 const char *kvq_isa_available(void);
 kvq_status kvq_isa_selected(const char **name);
 

@@ -18,14 +18,16 @@ void kvq_rms_norm(float *y, const float *x, const float *w, size_t n, float epsi
 void kvq_rope_angles(float *cos_sin, int position, int d_rope, float base, float scale,
                      const float *factors) {
     for (int i = 0; i < d_rope / 2; i++) {
-        const double frequency = pow((double)base, -2.0 * i / d_rope) / (factors ? (double)factors[i] : 1.0);
+        const double frequency =
+            pow((double)base, -2.0 * i / d_rope) / (factors ? (double)factors[i] : 1.0);
         const double angle = position / (double)scale * frequency;
         cos_sin[2 * i] = (float)cos(angle);
         cos_sin[2 * i + 1] = (float)sin(angle);
     }
 }
 
-void kvq_rope_rotate(float *x, int n_heads, int d_head, const float *cos_sin, int d_rope, bool neox) {
+void kvq_rope_rotate(float *x, int n_heads, int d_head, const float *cos_sin, int d_rope,
+                     bool neox) {
     const int apart = neox ? d_rope / 2 : 1, step = neox ? 1 : 2;
     for (int h = 0; h < n_heads; h++, x += d_head) {
         for (int i = 0; i < d_rope / 2; i++) {

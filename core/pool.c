@@ -1,13 +1,13 @@
 /* pool.c: threads that spin briefly for the next job, then sleep.
  *
- * A step is some hundred jobs of a few dozen microseconds, so a worker that slept at once would spend the
- * step waking up; one that spun on would burn a core between steps. Both sides therefore watch the state
- * for SPINS turns (tens of microseconds) before they wait on a condition.
+ * A step is some hundred jobs of a few dozen microseconds, so a worker that slept at once would
+ * spend the step waking up; one that spun on would burn a core between steps. Both sides therefore
+ * watch the state for SPINS turns (tens of microseconds) before they wait on a condition.
  *
- * One 64-bit word says all there is to know about taking a task: the job's number (24 bits), how many
- * tasks it has (20), the next one (20). A thread takes a task by adding 1 to the very word it read, so a
- * late one can take nothing of a job that it did not read; and a job's function and context change only
- * after its last task is done.
+ * One 64-bit word says all there is to know about taking a task: the job's number (24 bits), how
+ * many tasks it has (20), the next one (20). A thread takes a task by adding 1 to the very word it
+ * read, so a late one can take nothing of a job that it did not read; and a job's function and
+ * context change only after its last task is done.
  */
 #include "pool.h"
 
@@ -78,7 +78,8 @@ static void *worker_main(void *argument) {
         }
         if (job == seen) {
             pthread_mutex_lock(&pool->lock);
-            while ((job = job_of(atomic_load(&pool->next))) == seen && !atomic_load(&pool->closing)) {
+            while ((job = job_of(atomic_load(&pool->next))) == seen &&
+                   !atomic_load(&pool->closing)) {
                 pthread_cond_wait(&pool->job_posted, &pool->lock);
             }
             pthread_mutex_unlock(&pool->lock);
@@ -125,7 +126,8 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
         worker *const w = &pool->workers[pool->n_started];
         *w = (worker){.pool = pool, .number = pool->n_started};
         if (pthread_create(&w->thread, NULL, worker_main, w) != 0) {
-            kvq_fail(KVQ_ERR_MEMORY, "The system gave only %d of %d threads.", pool->n_started, n_threads);
+            kvq_fail(KVQ_ERR_MEMORY, "The system gave only %d of %d threads.", pool->n_started,
+                     n_threads);
             kvq_pool_close(pool);
             return KVQ_ERR_MEMORY;
         }

@@ -10,7 +10,7 @@
 
 const char *kvq_version(void) { return KVQ_VERSION; }
 
-/* ---- model ------------------------------------------------------------------------------------- */
+/* ---- model ------------------------------------------------------------------------------- */
 
 /* Sentences of arch.c name the tensor or the key; this puts the file in front. */
 static kvq_status name_file(kvq_status status, const char *path) {
@@ -41,12 +41,17 @@ void kvq_model_close(kvq_model *model) {
 
 void kvq_model_describe(const kvq_model *model, kvq_model_info *out) {
     const kvq_config *const c = &model->config;
-    *out = (kvq_model_info){
-        .architecture = c->architecture, .n_layers = (int32_t)c->n_layers,
-        .n_heads = (int32_t)c->n_heads, .n_kv_heads = (int32_t)c->n_kv_heads,
-        .d_model = (int32_t)c->d_model, .d_head = (int32_t)c->d_head, .d_ff = (int32_t)c->d_ff,
-        .n_vocab = (int32_t)c->n_vocab, .n_ctx_train = (int32_t)c->n_ctx_train,
-        .n_params = model->n_params, .bytes_weights = model->bytes_weights};
+    *out = (kvq_model_info){.architecture = c->architecture,
+                            .n_layers = (int32_t)c->n_layers,
+                            .n_heads = (int32_t)c->n_heads,
+                            .n_kv_heads = (int32_t)c->n_kv_heads,
+                            .d_model = (int32_t)c->d_model,
+                            .d_head = (int32_t)c->d_head,
+                            .d_ff = (int32_t)c->d_ff,
+                            .n_vocab = (int32_t)c->n_vocab,
+                            .n_ctx_train = (int32_t)c->n_ctx_train,
+                            .n_params = model->n_params,
+                            .bytes_weights = model->bytes_weights};
 }
 
 uint64_t kvq_model_meta_count(const kvq_model *model) { return kvq_gguf_meta_count(model->file); }
@@ -61,7 +66,9 @@ kvq_status kvq_model_meta(const kvq_model *model, uint64_t index, kvq_meta *out)
     return KVQ_OK;
 }
 
-uint64_t kvq_model_tensor_count(const kvq_model *model) { return kvq_gguf_tensor_count(model->file); }
+uint64_t kvq_model_tensor_count(const kvq_model *model) {
+    return kvq_gguf_tensor_count(model->file);
+}
 
 kvq_status kvq_model_tensor(const kvq_model *model, uint64_t index, kvq_tensor_info *out) {
     const uint64_t count = kvq_gguf_tensor_count(model->file);
@@ -72,14 +79,14 @@ kvq_status kvq_model_tensor(const kvq_model *model, uint64_t index, kvq_tensor_i
     kvq_gguf_tensor t;
     uint32_t block, bytes;
     kvq_gguf_tensor_at(model->file, index, &t);
-    *out = (kvq_tensor_info){.name = t.name, .name_length = t.name_length, .n_dims = t.n_dims,
-                             .bytes = t.bytes};
+    *out = (kvq_tensor_info){
+        .name = t.name, .name_length = t.name_length, .n_dims = t.n_dims, .bytes = t.bytes};
     memcpy(out->shape, t.shape, sizeof out->shape);
     kvq_ggml_type_size(t.type, &out->type, &block, &bytes);
     return KVQ_OK;
 }
 
-/* ---- session ----------------------------------------------------------------------------------- */
+/* ---- session ----------------------------------------------------------------------------- */
 
 struct kvq_session {
     const kvq_model *model;
@@ -111,7 +118,8 @@ static kvq_status read_options(kvq_session *s, const kvq_session_options *o) {
     kvq_status status;
     if ((status = kvq_scheme_find(&s->scheme, o->scheme)) != KVQ_OK) return status;
     if ((status = kvq_scheme_check(s->scheme, (int)c->d_head)) != KVQ_OK) return status;
-    status = choose("n_ctx", o->n_ctx, 0, smaller((int)c->n_ctx_train, 4096), 1, MOST_TOKENS, &s->n_ctx);
+    status =
+        choose("n_ctx", o->n_ctx, 0, smaller((int)c->n_ctx_train, 4096), 1, MOST_TOKENS, &s->n_ctx);
     if (status != KVQ_OK) return status;
     status = choose("n_batch", o->n_batch, 0, smaller(512, s->n_ctx), 1, 65536, &s->n_batch);
     if (status != KVQ_OK) return status;
@@ -142,16 +150,18 @@ static void lay_out_scratch(kvq_session *s, kvq_arena *arena) {
                           s->n_batch, s->n_threads);
 }
 
-/* Memory is claimed lazily by the system, which may grant more than there is and later kill the process:
- * so what does not fit is refused here. */
+/* Memory is claimed lazily by the system, which may grant more than there is and later kill the
+ * process: so what does not fit is refused here. */
 static kvq_status check_memory(const kvq_session *s, size_t kv_bytes, size_t scratch_bytes) {
-    const double available = kvq_memory_available(), needed = (double)kv_bytes + (double)scratch_bytes;
+    const double available = kvq_memory_available(),
+                 needed = (double)kv_bytes + (double)scratch_bytes;
     if (needed <= available) return KVQ_OK;
-    return kvq_fail(KVQ_ERR_MEMORY,
-                    "A context of %d tokens under %s needs %.2f GB (KV cache %.2f, scratch %.2f), but only "
-                    "%.2f GB of memory are available; choose a smaller n_ctx or n_batch.",
-                    s->n_ctx, s->scheme->name, needed / 1e9, (double)kv_bytes / 1e9,
-                    (double)scratch_bytes / 1e9, available / 1e9);
+    return kvq_fail(
+        KVQ_ERR_MEMORY,
+        "A context of %d tokens under %s needs %.2f GB (KV cache %.2f, scratch %.2f), but only "
+        "%.2f GB of memory are available; choose a smaller n_ctx or n_batch.",
+        s->n_ctx, s->scheme->name, needed / 1e9, (double)kv_bytes / 1e9,
+        (double)scratch_bytes / 1e9, available / 1e9);
 }
 
 static kvq_status allocate(kvq_session *s) {
@@ -176,7 +186,8 @@ static kvq_status allocate(kvq_session *s) {
     return KVQ_OK;
 }
 
-kvq_status kvq_session_open(kvq_session **out, const kvq_model *model, const kvq_session_options *options) {
+kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
+                            const kvq_session_options *options) {
     kvq_session *const s = kvq_alloc(sizeof *s);
     if (!s) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
     s->model = model;
@@ -208,7 +219,8 @@ void kvq_session_close(kvq_session *session) {
 static int held(const kvq_session *s) { return s->forward.rings[0].n; }
 
 static void truncate_all(kvq_session *s, int n) {
-    for (uint32_t l = 0; l < s->model->config.n_layers; l++) kvq_ring_truncate(&s->forward.rings[l], n);
+    for (uint32_t l = 0; l < s->model->config.n_layers; l++)
+        kvq_ring_truncate(&s->forward.rings[l], n);
 }
 
 static double seconds_now(void) {
@@ -219,30 +231,37 @@ static double seconds_now(void) {
 
 static kvq_status check_tokens(const kvq_session *s, const int32_t *tokens, int32_t n) {
     const int n_vocab = (int)s->model->config.n_vocab;
-    if (n < 1) return kvq_fail(KVQ_ERR_ARGUMENT, "There are %d tokens to evaluate, expected at least 1.", n);
+    if (n < 1)
+        return kvq_fail(KVQ_ERR_ARGUMENT, "There are %d tokens to evaluate, expected at least 1.",
+                        n);
     if (n > s->n_ctx - held(s)) {
-        return kvq_fail(KVQ_ERR_CONTEXT,
-                        "The context is full: it holds %d of %d tokens, and %d more were to be evaluated.",
-                        held(s), s->n_ctx, n);
+        return kvq_fail(
+            KVQ_ERR_CONTEXT,
+            "The context is full: it holds %d of %d tokens, and %d more were to be evaluated.",
+            held(s), s->n_ctx, n);
     }
     for (int32_t i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= n_vocab) {
-            return kvq_fail(KVQ_ERR_ARGUMENT, "Token %d of %d is %d, expected 0 to %d.", i, n, tokens[i],
-                            n_vocab - 1);
+            return kvq_fail(KVQ_ERR_ARGUMENT, "Token %d of %d is %d, expected 0 to %d.", i, n,
+                            tokens[i], n_vocab - 1);
         }
     }
     return KVQ_OK;
 }
 
-kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t n, kvq_logits which,
-                            float *logits, kvq_progress progress, void *user) {
+kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t n,
+                            kvq_logits which, float *logits, kvq_progress progress, void *user) {
     kvq_status status = check_tokens(session, tokens, n);
     if (status != KVQ_OK) return status;
     if (which != KVQ_LOGITS_NONE && !logits) {
-        return kvq_fail(KVQ_ERR_ARGUMENT, "Logits were asked for, but there is no place to put them.");
+        return kvq_fail(KVQ_ERR_ARGUMENT,
+                        "Logits were asked for, but there is no place to put them.");
     }
     const double start = seconds_now();
-    kvq_pass pass = {.which = which, .cancelled = &session->cancelled, .progress = progress, .user = user,
+    kvq_pass pass = {.which = which,
+                     .cancelled = &session->cancelled,
+                     .progress = progress,
+                     .user = user,
                      .n_total = n};
     for (int32_t done = 0; done < n && status == KVQ_OK; done += pass.n) {
         const int before = held(session);
@@ -259,7 +278,8 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
             session->n_evaluated += (uint64_t)pass.n;
         } else { /* some layers are a pass ahead of others */
             truncate_all(session, before);
-            status = kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.", done, n);
+            status = kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.",
+                              done, n);
         }
     }
     atomic_store(&session->cancelled, 0);
@@ -273,8 +293,9 @@ int32_t kvq_session_until_seal(const kvq_session *session) {
 
 kvq_status kvq_session_truncate(kvq_session *session, int32_t n) {
     if (n < 0 || n > held(session)) {
-        return kvq_fail(KVQ_ERR_ARGUMENT, "The session holds %d tokens and cannot be truncated to %d.",
-                        held(session), n);
+        return kvq_fail(KVQ_ERR_ARGUMENT,
+                        "The session holds %d tokens and cannot be truncated to %d.", held(session),
+                        n);
     }
     truncate_all(session, n);
     return KVQ_OK;
@@ -286,31 +307,43 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
     const kvq_session *const s = session;
     const kvq_config *const c = &s->model->config;
     const kvq_ring *const ring = &s->forward.rings[0];
-    const double per_token = 2.0 * c->n_layers * c->n_kv_heads * c->d_head; /* elements, both sides */
+    const double per_token =
+        2.0 * c->n_layers * c->n_kv_heads * c->d_head; /* elements, both sides */
     const uint64_t sealed_now = (uint64_t)c->n_layers * c->n_kv_heads * (uint64_t)ring->n_sealed *
                                 (ring->block_bytes[KVQ_KEYS] + ring->block_bytes[KVQ_VALUES]);
     const uint64_t total = s->bytes.sinks + s->bytes.sealed + s->bytes.recent;
     const uint64_t now = s->bytes.sinks + sealed_now + s->bytes.recent;
-    *out = (kvq_session_stats){
-        .isa = s->forward.isa->name, .scheme = s->scheme->name, .n_ctx = s->n_ctx, .n_batch = s->n_batch,
-        .n_threads = s->n_threads, .sinks = s->sinks, .window = s->window, .n_tokens = held(s),
-        .n_tokens_sealed = ring->n_sealed * KVQ_BLOCK, .bytes_kv = total, .bytes_sinks = s->bytes.sinks,
-        .bytes_sealed = s->bytes.sealed, .bytes_recent = s->bytes.recent,
-        .bytes_scratch = s->scratch_bytes,
-        .bits_sealed_k = kvq_codec_bits(s->scheme->codec_k, (int)c->d_head),
-        .bits_sealed_v = kvq_codec_bits(s->scheme->codec_v, (int)c->d_head),
-        .bits_full = 8.0 * (double)total / (per_token * s->n_ctx),
-        .bits_used = held(s) ? 8.0 * (double)now / (per_token * held(s)) : 0.0,
-        .n_evaluated = s->n_evaluated, .seconds_evaluated = s->seconds_evaluated};
+    *out =
+        (kvq_session_stats){.isa = s->forward.isa->name,
+                            .scheme = s->scheme->name,
+                            .n_ctx = s->n_ctx,
+                            .n_batch = s->n_batch,
+                            .n_threads = s->n_threads,
+                            .sinks = s->sinks,
+                            .window = s->window,
+                            .n_tokens = held(s),
+                            .n_tokens_sealed = ring->n_sealed * KVQ_BLOCK,
+                            .bytes_kv = total,
+                            .bytes_sinks = s->bytes.sinks,
+                            .bytes_sealed = s->bytes.sealed,
+                            .bytes_recent = s->bytes.recent,
+                            .bytes_scratch = s->scratch_bytes,
+                            .bits_sealed_k = kvq_codec_bits(s->scheme->codec_k, (int)c->d_head),
+                            .bits_sealed_v = kvq_codec_bits(s->scheme->codec_v, (int)c->d_head),
+                            .bits_full = 8.0 * (double)total / (per_token * s->n_ctx),
+                            .bits_used = held(s) ? 8.0 * (double)now / (per_token * held(s)) : 0.0,
+                            .n_evaluated = s->n_evaluated,
+                            .seconds_evaluated = s->seconds_evaluated};
 }
 
 kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_head, int32_t side,
                              int32_t block, uint8_t **data, uint64_t *bytes) {
     const kvq_config *const c = &session->model->config;
-    if (layer < 0 || layer >= (int32_t)c->n_layers || kv_head < 0 || kv_head >= (int32_t)c->n_kv_heads ||
-        side < 0 || side >= KVQ_SIDES || block < 0 || block >= session->forward.rings[layer].n_sealed) {
-        return kvq_fail(KVQ_ERR_ARGUMENT, "Layer %d, KV head %d, side %d has no sealed block %d.", layer,
-                        kv_head, side, block);
+    if (layer < 0 || layer >= (int32_t)c->n_layers || kv_head < 0 ||
+        kv_head >= (int32_t)c->n_kv_heads || side < 0 || side >= KVQ_SIDES || block < 0 ||
+        block >= session->forward.rings[layer].n_sealed) {
+        return kvq_fail(KVQ_ERR_ARGUMENT, "Layer %d, KV head %d, side %d has no sealed block %d.",
+                        layer, kv_head, side, block);
     }
     const kvq_ring *const ring = &session->forward.rings[layer];
     *data = kvq_ring_block(ring, kv_head, side, block);

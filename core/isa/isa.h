@@ -1,8 +1,8 @@
 /* isa.h: what an instruction set gives the rest of the core: one const struct of kernels each.
  *
- * A NULL entry inherits the reference (the kvq_run_* functions below choose). The best supported set is
- * chosen once per process; the environment variable KVQ_ISA=ref|avx2|... forces one, and naming one that
- * this build or processor lacks is an error.
+ * A NULL entry inherits the reference (the kvq_run_* functions below choose). The best supported
+ * set is chosen once per process; the environment variable KVQ_ISA=ref|avx2|... forces one, and
+ * naming one that this build or processor lacks is an error.
  */
 #ifndef KVQ_ISA_H
 #define KVQ_ISA_H
@@ -13,16 +13,17 @@
 typedef struct kvq_isa {
     const char *name;
     bool (*supported)(void); /* by this processor, and by the system that runs it */
-    /* Fills q, scale and sums of tokens first .. first + n - 1 from x; NULL where products read x. */
+    /* Fills q, scale and sums of tokens first .. first + n - 1 from x; NULL where products read x.
+     */
     void (*quantize)(kvq_activations *a, size_t first, size_t n);
     kvq_matmul_fn *matmul[KVQ_WEIGHT_KINDS];
     kvq_score_fn *score[KVQ_CODECS];
     kvq_accum_fn *accum[KVQ_CODECS];
     kvq_score_rows_fn *score_rows;
     kvq_accum_rows_fn *accum_rows;
-    /* One block of an online softmax: raises *largest to the largest of the KVQ_BLOCK scores of a query if
-     * that is larger, replaces each score by exp(score - *largest), returns their sum. A score of -inf
-     * gives exactly 0, also where all are -inf. */
+    /* One block of an online softmax: raises *largest to the largest of the KVQ_BLOCK scores of a
+     * query if that is larger, replaces each score by exp(score - *largest), returns their sum. A
+     * score of -inf gives exactly 0, also where all are -inf. */
     float (*softmax)(float *s, float *largest);
     /* gate[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)) */
     void (*swiglu)(float *gate, const float *up, size_t n);
@@ -34,16 +35,20 @@ extern const kvq_isa kvq_isa_avx2;
 /* The one that sessions use; KVQ_ERR_ARGUMENT if KVQ_ISA names none. */
 kvq_status kvq_isa_choose(const kvq_isa **out);
 
-static inline void kvq_run_score(const kvq_isa *isa, kvq_codec_id id, float *s, const kvq_query *query,
-                                 const uint8_t *block, int d) {
-    if (isa->score[id]) isa->score[id](s, query, block, d);
-    else kvq_score_reference(id, s, query, block, d);
+static inline void kvq_run_score(const kvq_isa *isa, kvq_codec_id id, float *s,
+                                 const kvq_query *query, const uint8_t *block, int d) {
+    if (isa->score[id])
+        isa->score[id](s, query, block, d);
+    else
+        kvq_score_reference(id, s, query, block, d);
 }
 
-static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o, const float *p, int n,
-                                 const uint8_t *block, int d) {
-    if (isa->accum[id]) isa->accum[id](o, p, n, block, d);
-    else kvq_accum_reference(id, o, p, n, block, d);
+static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o, const float *p,
+                                 int n, const uint8_t *block, int d) {
+    if (isa->accum[id])
+        isa->accum[id](o, p, n, block, d);
+    else
+        kvq_accum_reference(id, o, p, n, block, d);
 }
 
 static inline void kvq_run_score_rows(const kvq_isa *isa, float *s, const kvq_query *query,
@@ -56,10 +61,13 @@ static inline void kvq_run_accum_rows(const kvq_isa *isa, float *o, const float 
     (isa->accum_rows ? isa->accum_rows : kvq_accum_rows_reference)(o, p, n, rows, n_rows, d);
 }
 
-static inline void kvq_run_matmul(const kvq_isa *isa, kvq_weight_kind kind, float *y, size_t y_stride,
-                                  const uint8_t *w, size_t n_rows, const kvq_activations *x) {
-    if (isa->matmul[kind]) isa->matmul[kind](y, y_stride, w, n_rows, x);
-    else kvq_matmul_reference(kind, y, y_stride, w, n_rows, x);
+static inline void kvq_run_matmul(const kvq_isa *isa, kvq_weight_kind kind, float *y,
+                                  size_t y_stride, const uint8_t *w, size_t n_rows,
+                                  const kvq_activations *x) {
+    if (isa->matmul[kind])
+        isa->matmul[kind](y, y_stride, w, n_rows, x);
+    else
+        kvq_matmul_reference(kind, y, y_stride, w, n_rows, x);
 }
 
 #endif

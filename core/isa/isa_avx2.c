@@ -25,11 +25,12 @@ const kvq_isa kvq_isa_avx2 = {
     .name = "avx2",
     .supported = supported,
     .quantize = quantize,
-    .matmul = {
+    .matmul =
+        {
 #define KVQ_WEIGHT(NAME, ID, BLOCK, BYTES) [KVQ_WEIGHT_##NAME] = matmul_##NAME,
 #include "weights.def"
 #undef KVQ_WEIGHT
-    },
+        },
     .score = {[KVQ_CODEC_f16] = score_f16, [KVQ_CODEC_u2] = score_u2},
     .accum = {[KVQ_CODEC_f16] = accum_f16, [KVQ_CODEC_c8] = accum_c8},
     .score_rows = score_rows,

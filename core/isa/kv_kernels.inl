@@ -1,61 +1,68 @@
-/* kv_kernels.inl: scores and sums over blocks and rows, in vector words (vec_*.h). Included by isa_*.c
- * with the target switched on. Every function matches its reference in kv_ref.c within the tolerance of
- * its row in tests/c/test_kv.c.
+/* kv_kernels.inl: scores and sums over blocks and rows, in vector words (vec_*.h). Included by
+ * isa_*.c with the target switched on. Every function matches its reference in kv_ref.c within the
+ * tolerance of its row in tests/c/test_kv.c.
  *
- * Queries go in groups of up to KV_QUERIES, which share one unpacking of the codes; the group's size is a
- * compile-time constant in each instance, so that its sums stay in registers.
+ * Queries go in groups of up to KV_QUERIES, which share one unpacking of the codes; the group's
+ * size is a compile-time constant in each instance, so that its sums stay in registers.
  */
 #define KV_QUERIES 4
 
-/* Calls FUNCTION(count, first) with a constant count for queries first .. first + count - 1 of n. */
-#define KV_IN_GROUPS(n, FUNCTION)                                                                    \
-    do {                                                                                             \
-        int first = 0;                                                                               \
-        for (; first + KV_QUERIES <= (n); first += KV_QUERIES) FUNCTION(4, first);                   \
-        if ((n) - first == 3) FUNCTION(3, first);                                                    \
-        if ((n) - first == 2) FUNCTION(2, first);                                                    \
-        if ((n) - first == 1) FUNCTION(1, first);                                                    \
+/* Over the queries of a group: unrolled, so that their sums stay in registers. */
+#define KV_EACH(i, nq) _Pragma("GCC unroll 4") for (int i = 0; i < (nq); i++)
+
+#define KV_INLINE static inline __attribute__((always_inline))
+
+/* Calls FUNCTION(count, first) with a constant count for queries first .. first + count - 1 of n.
+ */
+#define KV_IN_GROUPS(n, FUNCTION)                                                                  \
+    do {                                                                                           \
+        int first = 0;                                                                             \
+        for (; first + KV_QUERIES <= (n); first += KV_QUERIES) FUNCTION(4, first);                 \
+        if ((n) - first == 3) FUNCTION(3, first);                                                  \
+        if ((n) - first == 2) FUNCTION(2, first);                                                  \
+        if ((n) - first == 1) FUNCTION(1, first);                                                  \
     } while (0)
 
-/* ---- rows of halves: sinks, recent tokens, and the codec f16 ----------------------------------- */
+/* ---- rows of halves: sinks, recent tokens, and the codec f16 ----------------------------- */
 
-static inline void score_rows_group(const int nq, float *s, const float *q, const uint16_t *rows,
-                                    int n_rows, int d) {
+KV_INLINE void score_rows_group(const int nq, float *s, const float *q, const uint16_t *rows,
+                                int n_rows, int d) {
     for (int t = 0; t < n_rows; t++) {
         vf sum[KV_QUERIES];
-        for (int i = 0; i < nq; i++) sum[i] = vf_zero();
+        KV_EACH(i, nq) sum[i] = vf_zero();
         for (int c = 0; c < d; c += VF_LANES) {
             const vf k = vf_load_f16(rows + t * d + c);
-            for (int i = 0; i < nq; i++) sum[i] = vf_fma(vf_load(q + i * d + c), k, sum[i]);
+            KV_EACH(i, nq) sum[i] = vf_fma(vf_load(q + i * d + c), k, sum[i]);
         }
-        for (int i = 0; i < nq; i++) s[i * KVQ_BLOCK + t] = vf_sum(sum[i]);
+        KV_EACH(i, nq) s[i * KVQ_BLOCK + t] = vf_sum(sum[i]);
     }
 }
 
 static void score_rows(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d) {
-#define GROUP(NQ, FIRST)                                                                             \
-    score_rows_group(NQ, s + (FIRST)*KVQ_BLOCK, query->x + (FIRST)*d, rows, n_rows, d)
+#define GROUP(NQ, FIRST)                                                                           \
+    score_rows_group(NQ, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, rows, n_rows, d)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }
 
-static inline void accum_rows_group(const int nq, float *o, const float *p, const uint16_t *rows,
-                                    int n_rows, int d) {
+KV_INLINE void accum_rows_group(const int nq, float *o, const float *p, const uint16_t *rows,
+                                int n_rows, int d) {
     for (int c = 0; c < d; c += 2 * VF_LANES) {
         vf a[KV_QUERIES], b[KV_QUERIES];
-        for (int i = 0; i < nq; i++) {
+        KV_EACH(i, nq) {
             a[i] = vf_load(o + i * d + c);
             b[i] = vf_load(o + i * d + c + VF_LANES);
         }
         for (int t = 0; t < n_rows; t++) {
-            const vf va = vf_load_f16(rows + t * d + c), vb_ = vf_load_f16(rows + t * d + c + VF_LANES);
-            for (int i = 0; i < nq; i++) {
+            const vf va = vf_load_f16(rows + t * d + c),
+                     vb_ = vf_load_f16(rows + t * d + c + VF_LANES);
+            KV_EACH(i, nq) {
                 const vf weight = vf_set(p[i * KVQ_BLOCK + t]);
                 a[i] = vf_fma(weight, va, a[i]);
                 b[i] = vf_fma(weight, vb_, b[i]);
             }
         }
-        for (int i = 0; i < nq; i++) {
+        KV_EACH(i, nq) {
             vf_store(o + i * d + c, a[i]);
             vf_store(o + i * d + c + VF_LANES, b[i]);
         }
@@ -63,7 +70,8 @@ static inline void accum_rows_group(const int nq, float *o, const float *p, cons
 }
 
 static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d) {
-#define GROUP(NQ, FIRST) accum_rows_group(NQ, o + (FIRST)*d, p + (FIRST)*KVQ_BLOCK, rows, n_rows, d)
+#define GROUP(NQ, FIRST)                                                                           \
+    accum_rows_group(NQ, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, rows, n_rows, d)
     KV_IN_GROUPS(n, GROUP);
 #undef GROUP
 }
@@ -76,11 +84,12 @@ static void accum_f16(float *o, const float *p, int n, const uint8_t *block, int
     accum_rows(o, p, n, (const uint16_t *)(const void *)block, KVQ_BLOCK, d);
 }
 
-/* ---- u2: 2-bit keys ---------------------------------------------------------------------------- */
+/* ---- u2: 2-bit keys ---------------------------------------------------------------------- */
 
 /* A query meets the scales of a block's channels once, then works in integers:
- *     x . key[t] = x . mean + a[t] * unit * (q . code[t] - 1.5 * sum q),   unit * q[c] ~ x[c] * b[c]
- * Rounding q to 8 bits adds an error some twenty times below that of the 2-bit codes themselves. */
+ *     x . key[t] = x . mean + a[t] * unit * (q . code[t] - 1.5 * sum q),   unit * q[c] ~ x[c] *
+ * b[c] Rounding q to 8 bits adds an error some twenty times below that of the 2-bit codes
+ * themselves. */
 typedef struct u2_query {
     int8_t q[KVQ_D_MAX];
     float at_mean, unit, zero; /* zero: -1.5 * sum q */
@@ -111,26 +120,26 @@ static inline void u2_prepare(u2_query *u, const float *x, const uint8_t *block,
     u->zero = -1.5f * vf_sum(vf_from_vi(sum));
 }
 
-/* A 16-bit lane grows by at most 2 * 3 * 127 per product, 4 products per 16 channels: 128 channels give at
- * most 24384, so the sums are widened every 128 channels. */
-static inline void score_u2_group(const int nq, float *s, const float *x, const uint8_t *block, int d) {
+/* A 16-bit lane grows by at most 2 * 3 * 127 per product, 4 products per 16 channels: 128 channels
+ * give at most 24384, so the sums are widened every 128 channels. */
+KV_INLINE void score_u2_group(const int nq, float *s, const float *x, const uint8_t *block, int d) {
     const uint8_t *codes = block + KVQ_U2_HEADER + 2 * d;
     const vf token_unit = vf_set(kvq_load_f16(block + 2));
     const vb low = vb_set(3);
     u2_query u[KV_QUERIES];
-    for (int i = 0; i < nq; i++) u2_prepare(&u[i], x + i * d, block, d);
+    KV_EACH(i, nq) u2_prepare(&u[i], x + i * d, block, d);
     for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
         vi dot[KV_QUERIES];
-        for (int i = 0; i < nq; i++) dot[i] = vi_zero();
+        KV_EACH(i, nq) dot[i] = vi_zero();
         for (int c = 0; c < d;) {
             const int stop = c + 128 < d ? c + 128 : d;
             vi dot16[KV_QUERIES];
-            for (int i = 0; i < nq; i++) dot16[i] = vi_zero();
+            KV_EACH(i, nq) dot16[i] = vi_zero();
             for (; c < stop; c += 16, codes += VB_LANES) {
                 const vb packed = vb_load(codes);
                 const vb k0 = vb_and(packed, low), k1 = vb_shr(packed, 2, low);
                 const vb k2 = vb_shr(packed, 4, low), k3 = vb_shr(packed, 6, low);
-                for (int i = 0; i < nq; i++) {
+                KV_EACH(i, nq) {
                     const int8_t *const q = u[i].q + c;
                     const vi first = vi_add16(vi_madd_u8s8(k0, vi_set_lanes(q)),
                                               vi_madd_u8s8(k1, vi_set_lanes(q + 4)));
@@ -139,49 +148,51 @@ static inline void score_u2_group(const int nq, float *s, const float *x, const 
                     dot16[i] = vi_add16(dot16[i], vi_add16(first, second));
                 }
             }
-            for (int i = 0; i < nq; i++) dot[i] = vi_add(dot[i], vi_widen16(dot16[i]));
+            KV_EACH(i, nq) dot[i] = vi_add(dot[i], vi_widen16(dot16[i]));
         }
         const vf a = vf_mul(vf_load_u8(block + 8 + t), token_unit);
-        for (int i = 0; i < nq; i++) {
-            const vf product = vf_mul(vf_add(vf_from_vi(dot[i]), vf_set(u[i].zero)), vf_set(u[i].unit));
+        KV_EACH(i, nq) {
+            const vf product =
+                vf_mul(vf_add(vf_from_vi(dot[i]), vf_set(u[i].zero)), vf_set(u[i].unit));
             vf_store(s + i * KVQ_BLOCK + t, vf_fma(product, a, vf_set(u[i].at_mean)));
         }
     }
 }
 
 static void score_u2(float *s, const kvq_query *query, const uint8_t *block, int d) {
-#define GROUP(NQ, FIRST) score_u2_group(NQ, s + (FIRST)*KVQ_BLOCK, query->x + (FIRST)*d, block, d)
+#define GROUP(NQ, FIRST)                                                                           \
+    score_u2_group(NQ, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, block, d)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }
 
-/* ---- c8: 1.5-bit values ------------------------------------------------------------------------ */
+/* ---- c8: 1.5-bit values ------------------------------------------------------------------ */
 
-/* One step: the points of 8 pairs at one token, weighted into the sums of every query. A look-up uses the
- * low 3 bits of each lane only, so the bits above need no mask. */
-static inline void c8_add(const int nq, vf *x, vf *y, vi code, const float *weight) {
+/* One step: the points of 8 pairs at one token, weighted into the sums of every query. A look-up
+ * uses the low 3 bits of each lane only, so the bits above need no mask. */
+KV_INLINE void c8_add(const int nq, vf *x, vf *y, vi code, const float *weight) {
     const vf px = vf_lookup8(vf_load(kvq_c8_x), code), py = vf_lookup8(vf_load(kvq_c8_y), code);
-    for (int i = 0; i < nq; i++) {
+    KV_EACH(i, nq) {
         const vf w = vf_set(weight[i * KVQ_BLOCK]);
         x[i] = vf_fma(w, px, x[i]);
         y[i] = vf_fma(w, py, y[i]);
     }
 }
 
-static inline void accum_c8_group(const int nq, float *o, const float *p, const uint8_t *block, int d) {
+KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint8_t *block, int d) {
     const vf unit = vf_set(kvq_load_f16(block));
     const uint8_t *words = block + KVQ_C8_HEADER;
     const vi one = vi_set(1);
     float weight[KV_QUERIES * KVQ_BLOCK]; /* p times the scale of the token */
     for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
         const vf scale = vf_mul(vf_load_u8(block + 4 + t), unit);
-        for (int i = 0; i < nq; i++) {
+        KV_EACH(i, nq) {
             vf_store(weight + i * KVQ_BLOCK + t, vf_mul(vf_load(p + i * KVQ_BLOCK + t), scale));
         }
     }
     for (int c = 0; c < d; c += 16) {
         vf x[KV_QUERIES], y[KV_QUERIES];
-        for (int i = 0; i < nq; i++) {
+        KV_EACH(i, nq) {
             x[i] = vf_load(o + i * d + c);
             y[i] = vf_load(o + i * d + c + 8);
         }
@@ -198,7 +209,7 @@ static inline void accum_c8_group(const int nq, float *o, const float *p, const 
             c8_add(nq, x, y, vi_or(word[0], vi_shl(vi_and(word[1], one), 2)), w + 30);
             c8_add(nq, x, y, vi_or(vi_shr(word[1], 1), vi_shl(word[2], 1)), w + 31);
         }
-        for (int i = 0; i < nq; i++) {
+        KV_EACH(i, nq) {
             vf_store(o + i * d + c, x[i]);
             vf_store(o + i * d + c + 8, y[i]);
         }
@@ -206,12 +217,12 @@ static inline void accum_c8_group(const int nq, float *o, const float *p, const 
 }
 
 static void accum_c8(float *o, const float *p, int n, const uint8_t *block, int d) {
-#define GROUP(NQ, FIRST) accum_c8_group(NQ, o + (FIRST)*d, p + (FIRST)*KVQ_BLOCK, block, d)
+#define GROUP(NQ, FIRST) accum_c8_group(NQ, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, block, d)
     KV_IN_GROUPS(n, GROUP);
 #undef GROUP
 }
 
-/* ---- softmax ----------------------------------------------------------------------------------- */
+/* ---- softmax ----------------------------------------------------------------------------- */
 
 static float softmax(float *s, float *largest) {
     vf most = vf_set(*largest), sum = vf_zero();
@@ -227,7 +238,7 @@ static float softmax(float *s, float *largest) {
     return vf_sum(sum);
 }
 
-/* ---- feed-forward gate ------------------------------------------------------------------------- */
+/* ---- feed-forward gate ------------------------------------------------------------------- */
 
 /* With e = exp(-|x|), which cannot overflow: silu(x) = x * (x < 0 ? e : 1) / (1 + e). */
 static void swiglu(float *gate, const float *up, size_t n) {

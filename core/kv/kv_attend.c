@@ -1,9 +1,9 @@
 /* kv_attend.c: attention over `sinks | sealed blocks | recent rows | new tokens`.
  *
- * Each query's softmax is taken in segments of fixed extent: runs of segment_blocks sealed blocks, then
- * one segment of all f16 rows in blocks of 64 aligned to their index. Segments are independent, so threads
- * share a long context; their partial results are merged in order. Neither the number of threads nor the
- * cut of the tokens into passes changes the order of any sum.
+ * Each query's softmax is taken in segments of fixed extent: runs of segment_blocks sealed blocks,
+ * then one segment of all f16 rows in blocks of 64 aligned to their index. Segments are
+ * independent, so threads share a long context; their partial results are merged in order. Neither
+ * the number of threads nor the cut of the tokens into passes changes the order of any sum.
  */
 #include "kv/kv_attend.h"
 
@@ -27,7 +27,8 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     a->d = ring->d;
     a->n_batch = n_batch;
     a->tile = at_most(at_least(TILE_QUERIES / a->group, 1), n_batch);
-    a->segment_blocks = at_least(SEGMENT_BLOCKS, (ring->max_blocks + MOST_SEGMENTS - 1) / MOST_SEGMENTS);
+    a->segment_blocks =
+        at_least(SEGMENT_BLOCKS, (ring->max_blocks + MOST_SEGMENTS - 1) / MOST_SEGMENTS);
     a->max_segments = (ring->max_blocks + a->segment_blocks - 1) / a->segment_blocks + 1;
 
     const size_t d = (size_t)a->d, kv_heads = (size_t)a->n_kv_heads, batch = (size_t)n_batch;
@@ -38,8 +39,8 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     for (int side = 0; side < KVQ_SIDES; side++) {
         a->rows[side] = kvq_arena_take(arena, kv_heads * batch * d * sizeof *a->rows[side]);
     }
-    a->partial = kvq_arena_take(
-        arena, kv_heads * (size_t)a->max_segments * tile * (d + 2) * sizeof *a->partial);
+    a->partial = kvq_arena_take(arena, kv_heads * (size_t)a->max_segments * tile * (d + 2) *
+                                           sizeof *a->partial);
     a->worker = kvq_arena_take(arena, (size_t)n_threads * a->worker_floats * sizeof *a->worker);
 }
 
@@ -53,7 +54,7 @@ typedef struct call {
     int segments; /* of this call: those of sealed blocks, and one of rows */
 } call;
 
-/* ---- into the basis ---------------------------------------------------------------------------- */
+/* ---- into the basis ---------------------------------------------------------------------- */
 
 static size_t query_index(const kvq_attention *a, int kv_head, int t) {
     return ((size_t)kv_head * (size_t)a->n_batch + (size_t)t) * (size_t)a->group;
@@ -83,17 +84,18 @@ static void prepare_token(void *context, int t, int worker) {
         for (int h = 0; h < a->n_kv_heads; h++) {
             const size_t i = (size_t)t * (size_t)a->n_kv_heads + (size_t)h;
             uint16_t *const row = new_row(a, side, h, t);
-            for (int j = 0; j < d; j++) y[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
+            for (int j = 0; j < d; j++)
+                y[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
             c->ring->basis[side]->into(y, d);
             for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(y[j]);
         }
     }
 }
 
-/* ---- softmax over a segment -------------------------------------------------------------------- */
+/* ---- softmax over a segment -------------------------------------------------------------- */
 
-/* The running result of n queries: o[i][d] is the sum of weight * value, sum[i] that of the weights, both
- * relative to exp(largest[i]). */
+/* The running result of n queries: o[i][d] is the sum of weight * value, sum[i] that of the
+ * weights, both relative to exp(largest[i]). */
 typedef struct running {
     float *o, *largest, *sum;
 } running;
@@ -142,8 +144,8 @@ static void merge(running into, running from, int n, int d) {
 }
 
 /* Scores, weighs and sums one block of f16 rows: positions first .. stop - 1, of which those below
- * ring->n are held by the ring from `held_rows` on and the others are new. The queries of token t see
- * positions up to ring->n + t. */
+ * ring->n are held by the ring from `held_rows` on and the others are new. The queries of token t
+ * see positions up to ring->n + t. */
 static void attend_rows(const call *c, running r, float *s, const kvq_query *query, int kv_head,
                         int tile_first, int first, int stop, uint16_t *const held_rows[KVQ_SIDES]) {
     const kvq_attention *const a = c->a;
@@ -163,14 +165,15 @@ static void attend_rows(const call *c, running r, float *s, const kvq_query *que
     }
     weigh(a->isa, r, s, query->n, d);
     if (n_held) kvq_run_accum_rows(a->isa, r.o, s, query->n, held_rows[KVQ_VALUES], n_held, d);
-    if (n_new) kvq_run_accum_rows(a->isa, r.o, s + n_held, query->n, new_rows[KVQ_VALUES], n_new, d);
+    if (n_new)
+        kvq_run_accum_rows(a->isa, r.o, s + n_held, query->n, new_rows[KVQ_VALUES], n_new, d);
 }
 
-/* The last segment: all rows in f16 that the tile's tokens may see, the sinks and then those that follow
- * the sealed blocks. Blocks of 64 start at multiples of 64 counted from the first token of either kind, so
- * that they never depend on where a pass begins. */
-static void attend_row_segment(const call *c, running r, float *s, const kvq_query *query, int kv_head,
-                               int tile_first, int tile_end) {
+/* The last segment: all rows in f16 that the tile's tokens may see, the sinks and then those that
+ * follow the sealed blocks. Blocks of 64 start at multiples of 64 counted from the first token of
+ * either kind, so that they never depend on where a pass begins. */
+static void attend_row_segment(const call *c, running r, float *s, const kvq_query *query,
+                               int kv_head, int tile_first, int tile_end) {
     const kvq_ring *const ring = c->ring;
     const int end = ring->n + tile_end, sinks_end = at_most(ring->sinks, end);
     uint16_t *held[KVQ_SIDES];
@@ -201,15 +204,15 @@ static void attend_segment(const call *c, running r, float *s, const kvq_query *
     }
     const int stop = at_most((segment + 1) * a->segment_blocks, ring->n_sealed);
     for (int b = segment * a->segment_blocks; b < stop; b++) {
-        kvq_run_score(a->isa, ring->codec[KVQ_KEYS], s, query, kvq_ring_block(ring, kv_head, KVQ_KEYS, b),
-                      a->d);
+        kvq_run_score(a->isa, ring->codec[KVQ_KEYS], s, query,
+                      kvq_ring_block(ring, kv_head, KVQ_KEYS, b), a->d);
         weigh(a->isa, r, s, query->n, a->d);
         kvq_run_accum(a->isa, ring->codec[KVQ_VALUES], r.o, s, query->n,
                       kvq_ring_block(ring, kv_head, KVQ_VALUES, b), a->d);
     }
 }
 
-/* ---- tasks ------------------------------------------------------------------------------------- */
+/* ---- tasks ------------------------------------------------------------------------------- */
 
 static kvq_query query_of(const kvq_attention *a, int kv_head, int first, int end) {
     const size_t i = query_index(a, kv_head, first);
@@ -227,11 +230,13 @@ static void finish(const call *c, running r, int kv_head, int first, int end) {
         c->ring->basis[KVQ_VALUES]->back(o, d);
         const size_t t = (size_t)(first + i / a->group);
         const size_t h = (size_t)(kv_head * a->group + i % a->group);
-        memcpy(c->out + (t * (size_t)a->n_heads + h) * (size_t)d_head, o, (size_t)d_head * sizeof *o);
+        memcpy(c->out + (t * (size_t)a->n_heads + h) * (size_t)d_head, o,
+               (size_t)d_head * sizeof *o);
     }
 }
 
-/* A prompt has tiles enough for all threads: a task is one tile of one KV head, segment after segment. */
+/* A prompt has tiles enough for all threads: a task is one tile of one KV head, segment after
+ * segment. */
 static void attend_tile(void *context, int task, int worker) {
     const call *const c = context;
     const kvq_attention *const a = c->a;
@@ -263,7 +268,8 @@ static void attend_part(void *context, int task, int worker) {
     const int kv_head = task / c->segments, segment = task % c->segments;
     const kvq_query query = query_of(a, kv_head, 0, c->n);
     float *const s = a->worker + (size_t)worker * a->worker_floats;
-    attend_segment(c, partial_of(c, kv_head, segment, query.n), s, &query, kv_head, segment, 0, c->n);
+    attend_segment(c, partial_of(c, kv_head, segment, query.n), s, &query, kv_head, segment, 0,
+                   c->n);
 }
 
 static void finish_parts(const call *c) {

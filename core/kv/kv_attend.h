@@ -1,8 +1,8 @@
 /* kv_attend.h: causal attention of a pass's new tokens over one layer's ring, and over themselves.
  *
- * The cache is never expanded: scores are taken on the codes of sealed blocks, values are summed from
- * them. Softmax is online, block by block. Owns the scratch it works in; knows no layer and no model.
- * Called by forward.c.
+ * The cache is never expanded: scores are taken on the codes of sealed blocks, values are summed
+ * from them. Softmax is online, block by block. Owns the scratch it works in; knows no layer and no
+ * model. Called by forward.c.
  */
 #ifndef KVQ_KV_ATTEND_H
 #define KVQ_KV_ATTEND_H
@@ -21,10 +21,10 @@ typedef struct kvq_attention {
     int segment_blocks; /* sealed blocks per unit of parallel work */
     int max_segments;
 
-    float *q;                     /* [n_kv_heads][n_batch][group][d], in the basis, over sqrt(d_head) */
-    uint16_t *rows[KVQ_SIDES];    /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
-    float *partial;               /* [n_kv_heads][max_segments][tile * group][d + 2] */
-    float *worker;                /* [n_threads][worker_floats] */
+    float *q; /* [n_kv_heads][n_batch][group][d], in the basis, over sqrt(d_head) */
+    uint16_t *rows[KVQ_SIDES]; /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
+    float *partial;            /* [n_kv_heads][max_segments][tile * group][d + 2] */
+    float *worker;             /* [n_threads][worker_floats] */
     size_t worker_floats;
 } kvq_attention;
 
@@ -32,8 +32,9 @@ typedef struct kvq_attention {
 void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *ring, int n_heads,
                            int d_head, int n_batch, int n_threads);
 
-/* out[t][n_heads][d_head] = attention of n <= n_batch new tokens, whose queries q[t][n_heads][d_head],
- * keys and values k, v[t][n_kv_heads][d_head] are given (after RoPE); then appends them to the ring. */
+/* out[t][n_heads][d_head] = attention of n <= n_batch new tokens, whose queries
+ * q[t][n_heads][d_head], keys and values k, v[t][n_kv_heads][d_head] are given (after RoPE); then
+ * appends them to the ring. */
 void kvq_attend(kvq_attention *a, kvq_ring *ring, float *out, const float *q, const float *k,
                 const float *v, int n);
 

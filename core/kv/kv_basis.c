@@ -3,7 +3,8 @@
 
 #include <math.h>
 
-/* Widths that are no power of two split into equal blocks, each the largest power of two that divides d. */
+/* Widths that are no power of two split into equal blocks, each the largest power of two that
+ * divides d. */
 static void hadamard(float *x, int d) {
     const int block = d & -d;
     const float norm = 1.0f / sqrtf((float)block);

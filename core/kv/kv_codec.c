@@ -1,19 +1,20 @@
 /* kv_codec.c: the rows of codecs.def: how each codec packs a block and gives it back.
  *
- * Encoding is plain C, compiled with -ffp-contract=off, so that every machine writes the same bytes. A
- * scale is first rounded to what is stored, then the codes are chosen with the rounded one (methods that
- * do it the other way round lose a few percent; SKVQ's published code does).
+ * Encoding is plain C, compiled with -ffp-contract=off, so that every machine writes the same
+ * bytes. A scale is first rounded to what is stored, then the codes are chosen with the rounded one
+ * (methods that do it the other way round lose a few percent; SKVQ's published code does).
  */
 #include "kv/kv_codec.h"
 
 #include <math.h>
 
-/* x as an integer in lo..hi; NaN gives lo, so that hostile weights cannot make a conversion undefined. */
+/* x as an integer in lo..hi; NaN gives lo, so that hostile weights cannot make a conversion
+ * undefined. */
 static int clamped(float x, int lo, int hi) {
     return x > (float)lo ? (x < (float)hi ? (int)x : hi) : lo;
 }
 
-/* ---- f16 --------------------------------------------------------------------------------------- */
+/* ---- f16 --------------------------------------------------------------------------------- */
 
 static void encode_f16(uint8_t *block, const uint16_t *rows, int d) {
     memcpy(block, rows, kvq_f16_bytes(d));
@@ -23,7 +24,7 @@ static void decode_f16(float *x, const uint8_t *block, int d) {
     for (int i = 0; i < KVQ_BLOCK * d; i++) x[i] = kvq_load_f16(block + 2 * i);
 }
 
-/* ---- ggml's Q8_0 and Q4_0, with ggml's rounding ------------------------------------------------ */
+/* ---- ggml's Q8_0 and Q4_0, with ggml's rounding ------------------------------------------ */
 
 static void encode_q8_0(uint8_t *block, const uint16_t *rows, int d) {
     for (int first = 0; first < KVQ_BLOCK * d; first += 32, block += 34) {
@@ -76,11 +77,11 @@ static void decode_q4_0(float *x, const uint8_t *block, int d) {
     }
 }
 
-/* ---- scales of u2 and c8 ----------------------------------------------------------------------- */
+/* ---- scales of u2 and c8 ----------------------------------------------------------------- */
 
-/* Stores n scales >= 0 in 8 bits each below one half for the block; gives them back as stored. The half is
- * the largest scale / 255 rounded up a little, so that no code exceeds 255. Eight bits cost nothing
- * against exact scales (measured: docs/kv-schemes.md). */
+/* Stores n scales >= 0 in 8 bits each below one half for the block; gives them back as stored. The
+ * half is the largest scale / 255 rounded up a little, so that no code exceeds 255. Eight bits cost
+ * nothing against exact scales (measured: docs/kv-schemes.md). */
 static void store_scales(uint8_t *half, uint8_t *codes, float *scale, int n) {
     float largest = 0;
     for (int i = 0; i < n; i++) largest = fmaxf(largest, scale[i]);
@@ -106,21 +107,22 @@ static float total(const partial_sums *p) {
     return sum;
 }
 
-/* ---- u2 ---------------------------------------------------------------------------------------- */
+/* ---- u2 ---------------------------------------------------------------------------------- */
 
-/* The step of 4 uniform levels that quantizes a unit normal variable with least mean square error. */
+/* The step of 4 uniform levels that quantizes a unit normal variable with least mean square error.
+ */
 #define U2_STEP 0.9957f
 
 enum { U2_ROUNDS = 2 };
 
 typedef float u2_rows[KVQ_BLOCK][KVQ_D_MAX];
 
-static float u2_level(float x) { /* x in steps -> code - 1.5, in {-1.5, -0.5, 0.5, 1.5} */
-    const float level = floorf(x) + 0.5f;
-    return fminf(fmaxf(level, -1.5f), 1.5f);
-}
+/* x in steps -> code - 1.5, in {-1.5, -0.5, 0.5, 1.5}. Comparisons, since they vectorize
+ * everywhere. */
+static float u2_level(float x) { return (float)((x >= -1.0f) + (x >= 0.0f) + (x >= 1.0f)) - 1.5f; }
 
-/* Scales a[t] * b[c] such that x[t][c] / (a[t] * b[c]) has unit mean square along rows and columns. */
+/* Scales a[t] * b[c] such that x[t][c] / (a[t] * b[c]) has unit mean square along rows and columns.
+ */
 static void u2_balance(float *a, float *b, const u2_rows x, int d) {
     for (int t = 0; t < KVQ_BLOCK; t++) a[t] = 1.0f;
     for (int round = 0; round < U2_ROUNDS; round++) {
@@ -147,7 +149,8 @@ static void u2_balance(float *a, float *b, const u2_rows x, int d) {
     }
 }
 
-/* Least-squares scales of the channels, then of the tokens, for the codes that the scales before give. */
+/* Least-squares scales of the channels, then of the tokens, for the codes that the scales before
+ * give. */
 static void u2_refine(float *a, float *b, const u2_rows x, int d) {
     float inverse[KVQ_D_MAX], xy[KVQ_D_MAX] = {0}, yy[KVQ_D_MAX] = {0};
     for (int c = 0; c < d; c++) inverse[c] = inverse_or_zero(b[c]);
@@ -209,7 +212,8 @@ static void u2_take_mean(uint8_t *half, uint8_t *means, u2_rows x, int d) {
 static void encode_u2(uint8_t *block, const uint16_t *rows, int d) {
     u2_rows x;
     float a[KVQ_BLOCK], b[KVQ_D_MAX];
-    uint8_t *const means = block + KVQ_U2_HEADER, *const channels = means + d, *const codes = channels + d;
+    uint8_t *const means = block + KVQ_U2_HEADER, *const channels = means + d,
+                   *const codes = channels + d;
     for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int c = 0; c < d; c++) x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
     }
@@ -231,7 +235,8 @@ static void encode_u2(uint8_t *block, const uint16_t *rows, int d) {
 static void decode_u2(float *x, const uint8_t *block, int d) {
     const uint8_t *const means = block + KVQ_U2_HEADER, *const channels = means + d;
     const uint8_t *const codes = channels + d;
-    const float mu = kvq_load_f16(block), au = kvq_load_f16(block + 2), bu = kvq_load_f16(block + 4);
+    const float mu = kvq_load_f16(block), au = kvq_load_f16(block + 2),
+                bu = kvq_load_f16(block + 4);
     for (int t = 0; t < KVQ_BLOCK; t++) {
         const float a = au * (float)block[8 + t];
         for (int c = 0; c < d; c++) {
@@ -242,36 +247,36 @@ static void decode_u2(float *x, const uint8_t *block, int d) {
     }
 }
 
-/* ---- c8 ---------------------------------------------------------------------------------------- */
+/* ---- c8 ---------------------------------------------------------------------------------- */
 
 const float kvq_c8_x[8] = {0.357377f,  0.472107f,  0.923501f,  1.605338f,
                            -0.357377f, -0.472107f, -0.923501f, -1.605338f};
 const float kvq_c8_y[8] = {-0.320978f, -1.565093f, 1.021948f,  -0.313764f,
                            0.320978f,  1.565093f,  -1.021948f, 0.313764f};
 
-/* The nearest point to (x, y): the largest of x * px + y * py - |p|^2 / 2. Points 4..7 are 0..3 negated,
- * so half of the products serve. */
-static int c8_nearest(float x, float y, const float half_square[4]) {
-    int best = 0;
-    float best_gain = -INFINITY;
-    for (int i = 0; i < 4; i++) {
-        const float dot = x * kvq_c8_x[i] + y * kvq_c8_y[i];
-        const float gain = fabsf(dot) - half_square[i];
-        if (gain > best_gain) {
-            best_gain = gain;
-            best = dot < 0 ? i + 4 : i;
+/* The nearest point to each pair: the largest of x * px + y * py - |p|^2 / 2. Points 4..7 are 0..3
+ * negated, so half of the products serve. Eight pairs side by side, without branches. */
+static void c8_choose(uint8_t *code, const float *x, int d, float scale,
+                      const float half_square[4]) {
+    const float inverse = inverse_or_zero(scale);
+    for (int c = 0; c < d; c += 16, code += 8) {
+        float most[8];
+        int32_t best[8];
+        for (int i = 0; i < 8; i++) {
+            most[i] = -INFINITY;
+            best[i] = 0;
         }
-    }
-    return best;
-}
-
-static void c8_choose(uint8_t *code, const float *x, int d, float scale, const float half_square[4]) {
-    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int c = 0, pair = 0; c < d; c += 16) {
-        for (int i = 0; i < 8; i++, pair++) {
-            code[pair] =
-                (uint8_t)c8_nearest(x[c + i] * inverse, x[c + i + 8] * inverse, half_square);
+        for (int p = 0; p < 4; p++) {
+            const float px = kvq_c8_x[p] * inverse, py = kvq_c8_y[p] * inverse;
+            for (int i = 0; i < 8; i++) {
+                const float dot = x[c + i] * px + x[c + i + 8] * py;
+                const float gain = fabsf(dot) - half_square[p];
+                const int32_t point = dot < 0 ? p + 4 : p;
+                best[i] = gain > most[i] ? point : best[i];
+                most[i] = gain > most[i] ? gain : most[i];
+            }
         }
+        for (int i = 0; i < 8; i++) code[i] = (uint8_t)best[i];
     }
 }
 
@@ -361,13 +366,18 @@ static void decode_c8(float *x, const uint8_t *block, int d) {
     }
 }
 
-/* ---- the table --------------------------------------------------------------------------------- */
+/* ---- the table --------------------------------------------------------------------------- */
 
-enum { multiple_f16 = KVQ_D_UNIT, multiple_u2 = KVQ_D_UNIT, multiple_c8 = KVQ_D_UNIT,
-       multiple_q8_0 = 32, multiple_q4_0 = 32 };
+enum {
+    multiple_f16 = KVQ_D_UNIT,
+    multiple_u2 = KVQ_D_UNIT,
+    multiple_c8 = KVQ_D_UNIT,
+    multiple_q8_0 = 32,
+    multiple_q4_0 = 32
+};
 
 const kvq_codec kvq_codecs[KVQ_CODECS] = {
-#define KVQ_CODEC(NAME, SUMMARY)                                                                     \
+#define KVQ_CODEC(NAME, SUMMARY)                                                                   \
     {#NAME, SUMMARY, multiple_##NAME, kvq_##NAME##_bytes, encode_##NAME, decode_##NAME},
 #include "kv/codecs.def"
 #undef KVQ_CODEC

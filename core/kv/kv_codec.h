@@ -1,8 +1,8 @@
 /* kv_codec.h: a codec packs one block (kv_format.h) and works on it without unpacking it to memory.
  *
- * A codec is a row of codecs.def. Owns encoders, decoders and the reference score and accum; the fast ones
- * stand in isa/. Knows no papers, positions or layers. Called by kv_ring.c (encode, decode) and
- * kv_attend.c (score, accum through the instruction set).
+ * A codec is a row of codecs.def. Owns encoders, decoders and the reference score and accum; the
+ * fast ones stand in isa/. Knows no papers, positions or layers. Called by kv_ring.c (encode,
+ * decode) and kv_attend.c (score, accum through the instruction set).
  */
 #ifndef KVQ_KV_CODEC_H
 #define KVQ_KV_CODEC_H
@@ -28,17 +28,19 @@ typedef void kvq_score_fn(float *s, const kvq_query *query, const uint8_t *block
 /* o[i * d + c] += sum over t of p[i * KVQ_BLOCK + t] * value[t][c], for n rows of weights p. */
 typedef void kvq_accum_fn(float *o, const float *p, int n, const uint8_t *block, int d);
 
-/* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens). Tokens are added
- * in their order, so a span may be cut anywhere without changing a bit of the result. */
-typedef void kvq_score_rows_fn(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d);
-typedef void kvq_accum_rows_fn(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d);
+/* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens). Tokens are
+ * added in their order, so a span may be cut anywhere without changing a bit of the result. */
+typedef void kvq_score_rows_fn(float *s, const kvq_query *query, const uint16_t *rows, int n_rows,
+                               int d);
+typedef void kvq_accum_rows_fn(float *o, const float *p, int n, const uint16_t *rows, int n_rows,
+                               int d);
 
 typedef struct kvq_codec {
     const char *name, *summary;
     int d_multiple; /* widths it can pack are multiples of this */
     size_t (*bytes)(int d);
-    /* rows[KVQ_BLOCK][d] halves, in the basis -> block. The same bytes on every machine: plain C without
-     * contraction of products into sums. */
+    /* rows[KVQ_BLOCK][d] halves, in the basis -> block. The same bytes on every machine: plain C
+     * without contraction of products into sums. */
     void (*encode)(uint8_t *block, const uint16_t *rows, int d);
     void (*decode)(float *x, const uint8_t *block, int d); /* x[KVQ_BLOCK][d] */
 } kvq_codec;
@@ -46,8 +48,10 @@ typedef struct kvq_codec {
 extern const kvq_codec kvq_codecs[KVQ_CODECS];
 
 /* The reference: decodes and multiplies in plain loops. */
-void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block, int d);
-void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block, int d);
+void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block,
+                         int d);
+void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block,
+                         int d);
 kvq_score_rows_fn kvq_score_rows_reference;
 kvq_accum_rows_fn kvq_accum_rows_reference;
 

@@ -1,4 +1,5 @@
-/* kv_ref.c: scores and sums by the book: definition, fallback and oracle of every fast path. Stays dumb. */
+/* kv_ref.c: scores and sums by the book: definition, fallback and oracle of every fast path. Stays
+ * dumb. */
 #include "kv/kv_codec.h"
 
 static void score_decoded(float *s, const kvq_query *query, const float *k, int n_rows, int d) {
@@ -19,25 +20,29 @@ static void accum_decoded(float *o, const float *p, int n, const float *v, int n
     }
 }
 
-void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block, int d) {
+void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block,
+                         int d) {
     float k[KVQ_BLOCK * KVQ_D_MAX];
     kvq_codecs[id].decode(k, block, d);
     score_decoded(s, query, k, KVQ_BLOCK, d);
 }
 
-void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block, int d) {
+void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block,
+                         int d) {
     float v[KVQ_BLOCK * KVQ_D_MAX];
     kvq_codecs[id].decode(v, block, d);
     accum_decoded(o, p, n, v, KVQ_BLOCK, d);
 }
 
-void kvq_score_rows_reference(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d) {
+void kvq_score_rows_reference(float *s, const kvq_query *query, const uint16_t *rows, int n_rows,
+                              int d) {
     float k[KVQ_BLOCK * KVQ_D_MAX];
     for (int i = 0; i < n_rows * d; i++) k[i] = kvq_f16_to_f32(rows[i]);
     score_decoded(s, query, k, n_rows, d);
 }
 
-void kvq_accum_rows_reference(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d) {
+void kvq_accum_rows_reference(float *o, const float *p, int n, const uint16_t *rows, int n_rows,
+                              int d) {
     float v[KVQ_BLOCK * KVQ_D_MAX];
     for (int i = 0; i < n_rows * d; i++) v[i] = kvq_f16_to_f32(rows[i]);
     accum_decoded(o, p, n, v, n_rows, d);

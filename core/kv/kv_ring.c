@@ -9,13 +9,17 @@ static void *take(kvq_arena *arena, size_t *count, size_t bytes) {
     return part;
 }
 
-void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes, const kvq_scheme *scheme,
-                      bool key_bias, int n_heads, int d_head, int sinks, int window, int n_ctx) {
+void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes,
+                      const kvq_scheme *scheme, bool key_bias, int n_heads, int d_head, int sinks,
+                      int window, int n_ctx) {
     const int d = kvq_padded_width(d_head), unsealed = sinks + window;
     *ring = (kvq_ring){
         .codec = {scheme->codec_k, scheme->codec_v},
-        .basis = {key_bias ? scheme->basis_k_biased : scheme->basis_k, scheme->basis_v}, .n_heads = n_heads, .d = d,
-        .sinks = sinks, .window = window,
+        .basis = {key_bias ? scheme->basis_k_biased : scheme->basis_k, scheme->basis_v},
+        .n_heads = n_heads,
+        .d = d,
+        .sinks = sinks,
+        .window = window,
         .max_blocks = n_ctx > unsealed ? (n_ctx - unsealed) / KVQ_BLOCK : 0,
         .recent_rows = (int)kvq_round_up((size_t)window + KVQ_BLOCK, KVQ_BLOCK),
     };
@@ -71,7 +75,8 @@ static void unseal(const kvq_ring *ring, int block) {
     for (int head = 0; head < ring->n_heads; head++) {
         for (int side = 0; side < KVQ_SIDES; side++) {
             uint16_t *const rows = kvq_ring_recent(ring, head, side, block * KVQ_BLOCK);
-            kvq_codecs[ring->codec[side]].decode(x, kvq_ring_block(ring, head, side, block), ring->d);
+            kvq_codecs[ring->codec[side]].decode(x, kvq_ring_block(ring, head, side, block),
+                                                 ring->d);
             for (int i = 0; i < KVQ_BLOCK * ring->d; i++) rows[i] = kvq_f32_to_f16(x[i]);
         }
     }

@@ -1,14 +1,15 @@
-/* kv_ring.h: where each token of one layer lives: `sinks (f16) | sealed blocks | recent rows (f16)`.
+/* kv_ring.h: where each token of one layer lives: `sinks (f16) | sealed blocks | recent rows
+ * (f16)`.
  *
  *   token  0 .. sinks-1          first tokens, f16 for good
  *          then index i = token - sinks:
  *          i < 64 * n_sealed     in sealed block i / 64
  *          i >= 64 * n_sealed    in a recent row
  *
- * A block is sealed once, when `window` rows have come after it; until then its rows are f16. So between
- * window and window + 63 tokens are recent once the first block is sealed. Vectors come in the basis of
- * the scheme, padded to d channels. Owns positions and seals; knows nothing of what is inside a block.
- * Called by kv_attend.c and session.c.
+ * A block is sealed once, when `window` rows have come after it; until then its rows are f16. So
+ * between window and window + 63 tokens are recent once the first block is sealed. Vectors come in
+ * the basis of the scheme, padded to d channels. Owns positions and seals; knows nothing of what is
+ * inside a block. Called by kv_attend.c and session.c.
  */
 #ifndef KVQ_KV_RING_H
 #define KVQ_KV_RING_H
@@ -20,7 +21,7 @@ enum { KVQ_KEYS, KVQ_VALUES, KVQ_SIDES };
 typedef struct kvq_ring {
     kvq_codec_id codec[KVQ_SIDES];
     const kvq_basis *basis[KVQ_SIDES]; /* that the vectors come in */
-    int n_heads, d; /* KV heads, padded width */
+    int n_heads, d;                    /* KV heads, padded width */
     int sinks, window;
     int max_blocks;  /* per head */
     int recent_rows; /* per head, a multiple of KVQ_BLOCK: row i lives in slot i % recent_rows */
@@ -36,20 +37,22 @@ typedef struct kvq_ring_bytes {
     size_t sinks, sealed, recent;
 } kvq_ring_bytes;
 
-/* Sets the shape for a context of n_ctx tokens and lays out its memory, whose bytes by kind are added to
- * *bytes. key_bias: whether the layer's key projection has a bias (see kv_scheme.h). */
-void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes, const kvq_scheme *scheme,
-                      bool key_bias, int n_heads, int d_head, int sinks, int window, int n_ctx);
+/* Sets the shape for a context of n_ctx tokens and lays out its memory, whose bytes by kind are
+ * added to *bytes. key_bias: whether the layer's key projection has a bias (see kv_scheme.h). */
+void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes,
+                      const kvq_scheme *scheme, bool key_bias, int n_heads, int d_head, int sinks,
+                      int window, int n_ctx);
 
-/* Appends rows[n][d] of one head and side, sealing blocks as they leave the window. Heads and sides may
- * be appended in parallel; kvq_ring_advance(ring, n) then moves the ring on, once for all. */
+/* Appends rows[n][d] of one head and side, sealing blocks as they leave the window. Heads and sides
+ * may be appended in parallel; kvq_ring_advance(ring, n) then moves the ring on, once for all. */
 void kvq_ring_append(const kvq_ring *ring, int head, int side, const uint16_t *rows, int n);
 void kvq_ring_advance(kvq_ring *ring, int n);
 
 /* Tokens until one of them seals a block: at least 1. */
 int kvq_ring_until_seal(const kvq_ring *ring);
 
-/* Keeps the first n tokens. Rows of a block that is cut return to f16 as the codes give them back. */
+/* Keeps the first n tokens. Rows of a block that is cut return to f16 as the codes give them back.
+ */
 void kvq_ring_truncate(kvq_ring *ring, int n);
 
 static inline uint8_t *kvq_ring_block(const kvq_ring *ring, int head, int side, int block) {

@@ -2,9 +2,17 @@
 #include "kv/kv_scheme.h"
 
 static const kvq_scheme schemes[] = {
-#define KVQ_SCHEME(NAME, BASIS_K, BASIS_K_BIASED, CODEC_K, BASIS_V, CODEC_V, SINKS, WINDOW, SUMMARY) \
-    {#NAME, SUMMARY, &kvq_basis_##BASIS_K, &kvq_basis_##BASIS_K_BIASED, &kvq_basis_##BASIS_V,        \
-     KVQ_CODEC_##CODEC_K, KVQ_CODEC_##CODEC_V, SINKS, WINDOW},
+#define KVQ_SCHEME(NAME, BASIS_K, BASIS_K_BIASED, CODEC_K, BASIS_V, CODEC_V, SINKS, WINDOW,        \
+                   SUMMARY)                                                                        \
+    {#NAME,                                                                                        \
+     SUMMARY,                                                                                      \
+     &kvq_basis_##BASIS_K,                                                                         \
+     &kvq_basis_##BASIS_K_BIASED,                                                                  \
+     &kvq_basis_##BASIS_V,                                                                         \
+     KVQ_CODEC_##CODEC_K,                                                                          \
+     KVQ_CODEC_##CODEC_V,                                                                          \
+     SINKS,                                                                                        \
+     WINDOW},
 #include "kv/schemes.def"
 #undef KVQ_SCHEME
 };
@@ -23,23 +31,27 @@ kvq_status kvq_scheme_find(const kvq_scheme **out, const char *name) {
         if (i) strncat(known, ", ", sizeof known - strlen(known) - 1);
         strncat(known, schemes[i].name, sizeof known - strlen(known) - 1);
     }
-    return kvq_fail(KVQ_ERR_ARGUMENT, "The KV scheme \"%.64s\" is unknown; known are: %s.", name, known);
+    return kvq_fail(KVQ_ERR_ARGUMENT, "The KV scheme \"%.64s\" is unknown; known are: %s.", name,
+                    known);
 }
 
 kvq_status kvq_scheme_check(const kvq_scheme *scheme, int d_head) {
     const int d = kvq_padded_width(d_head);
     const kvq_codec_id sides[2] = {scheme->codec_k, scheme->codec_v};
     if (d > KVQ_D_MAX) {
-        return kvq_fail(KVQ_ERR_UNSUPPORTED, "The model's heads are %d wide; KV caches are implemented "
-                        "for widths up to %d.", d_head, KVQ_D_MAX);
+        return kvq_fail(KVQ_ERR_UNSUPPORTED,
+                        "The model's heads are %d wide; KV caches are implemented "
+                        "for widths up to %d.",
+                        d_head, KVQ_D_MAX);
     }
     for (int side = 0; side < 2; side++) {
         const kvq_codec *const codec = &kvq_codecs[sides[side]];
         if (d % codec->d_multiple != 0) {
-            return kvq_fail(KVQ_ERR_UNSUPPORTED,
-                            "The KV scheme %s packs heads whose width is a multiple of %d, and this "
-                            "model's are %d wide; use f16 or skvq.",
-                            scheme->name, codec->d_multiple, d_head);
+            return kvq_fail(
+                KVQ_ERR_UNSUPPORTED,
+                "The KV scheme %s packs heads whose width is a multiple of %d, and this "
+                "model's are %d wide; use f16 or skvq.",
+                scheme->name, codec->d_multiple, d_head);
         }
     }
     return KVQ_OK;
@@ -53,8 +65,8 @@ int32_t kvq_scheme_count(void) { return N_SCHEMES; }
 
 kvq_status kvq_scheme_describe(int32_t index, int32_t d_head, kvq_scheme_info *out) {
     if (index < 0 || index >= N_SCHEMES) {
-        return kvq_fail(KVQ_ERR_ARGUMENT, "KV scheme number %d does not exist; there are %d.", index,
-                        N_SCHEMES);
+        return kvq_fail(KVQ_ERR_ARGUMENT, "KV scheme number %d does not exist; there are %d.",
+                        index, N_SCHEMES);
     }
     if (d_head <= 0) {
         return kvq_fail(KVQ_ERR_ARGUMENT, "A head cannot be %d channels wide.", d_head);
@@ -62,11 +74,17 @@ kvq_status kvq_scheme_describe(int32_t index, int32_t d_head, kvq_scheme_info *o
     const kvq_scheme *const s = &schemes[index];
     const kvq_status status = kvq_scheme_check(s, d_head);
     if (status != KVQ_OK) return status;
-    *out = (kvq_scheme_info){
-        .name = s->name, .summary = s->summary,
-        .basis_k = s->basis_k->name, .basis_k_biased = s->basis_k_biased->name, .basis_v = s->basis_v->name,
-        .codec_k = kvq_codecs[s->codec_k].name, .codec_v = kvq_codecs[s->codec_v].name,
-        .sinks = s->sinks, .window = s->window, .block = KVQ_BLOCK,
-        .bits_k = kvq_codec_bits(s->codec_k, d_head), .bits_v = kvq_codec_bits(s->codec_v, d_head)};
+    *out = (kvq_scheme_info){.name = s->name,
+                             .summary = s->summary,
+                             .basis_k = s->basis_k->name,
+                             .basis_k_biased = s->basis_k_biased->name,
+                             .basis_v = s->basis_v->name,
+                             .codec_k = kvq_codecs[s->codec_k].name,
+                             .codec_v = kvq_codecs[s->codec_v].name,
+                             .sinks = s->sinks,
+                             .window = s->window,
+                             .block = KVQ_BLOCK,
+                             .bits_k = kvq_codec_bits(s->codec_k, d_head),
+                             .bits_v = kvq_codec_bits(s->codec_v, d_head)};
     return KVQ_OK;
 }

@@ -1,5 +1,5 @@
-/* kv_scheme.h: a scheme is what `--kv NAME` means: bases, codecs, sinks and window. Rows of schemes.def.
- * Knows no kernels. Called by session.c and kv_ring.c.
+/* kv_scheme.h: a scheme is what `--kv NAME` means: bases, codecs, sinks and window. Rows of
+ * schemes.def. Knows no kernels. Called by session.c and kv_ring.c.
  */
 #ifndef KVQ_KV_SCHEME_H
 #define KVQ_KV_SCHEME_H
@@ -9,8 +9,9 @@
 
 typedef struct kvq_scheme {
     const char *name, *summary;
-    /* A key bias, turned by RoPE, is a large oscillation in a few channels; a basis that mixes channels
-     * would spread its rounding error over all of them. So layers with one have a basis of their own. */
+    /* A key bias, turned by RoPE, is a large oscillation in a few channels; a basis that mixes
+     * channels would spread its rounding error over all of them. So layers with one have a basis of
+     * their own. */
     const kvq_basis *basis_k, *basis_k_biased, *basis_v;
     kvq_codec_id codec_k, codec_v;
     int sinks, window; /* defaults, in tokens */
@@ -20,7 +21,9 @@ typedef struct kvq_scheme {
 kvq_status kvq_scheme_find(const kvq_scheme **out, const char *name);
 
 /* Width of a head as stored: d_head rounded up to KVQ_D_UNIT. */
-static inline int kvq_padded_width(int d_head) { return (int)kvq_round_up((size_t)d_head, KVQ_D_UNIT); }
+static inline int kvq_padded_width(int d_head) {
+    return (int)kvq_round_up((size_t)d_head, KVQ_D_UNIT);
+}
 
 /* Refuses widths that the scheme's codecs cannot pack. */
 kvq_status kvq_scheme_check(const kvq_scheme *scheme, int d_head);

@@ -1,5 +1,5 @@
-/* test.h: a table of named tests per file, run by test_main.c. A test returns NULL when its claim holds,
- * else a sentence that says what broke (TEST_FAIL formats one). */
+/* test.h: a table of named tests per file, run by test_main.c. A test returns NULL when its claim
+ * holds, else a sentence that says what broke (TEST_FAIL formats one). */
 #ifndef KVQ_TEST_H
 #define KVQ_TEST_H
 
@@ -16,9 +16,9 @@ typedef struct kvq_test {
 extern char test_sentence[512];
 
 #define TEST_FAIL(...) (snprintf(test_sentence, sizeof test_sentence, __VA_ARGS__), test_sentence)
-#define TEST_CHECK(condition)                                                                        \
-    do {                                                                                             \
-        if (!(condition)) return TEST_FAIL("%s:%d: not true: %s", __FILE__, __LINE__, #condition);   \
+#define TEST_CHECK(condition)                                                                      \
+    do {                                                                                           \
+        if (!(condition)) return TEST_FAIL("%s:%d: not true: %s", __FILE__, __LINE__, #condition); \
     } while (0)
 
 /* xorshift64*: the same numbers on every machine. */

@@ -6,7 +6,7 @@
 #include "gguf.h"
 #include "test.h"
 
-/* ---- building files -------------------------------------------------------------------------- */
+/* ---- building files ---------------------------------------------------------------------- */
 
 typedef struct image {
     size_t n;
@@ -125,7 +125,7 @@ static const image *small_file(uint32_t version) {
     return f;
 }
 
-/* ---- opening --------------------------------------------------------------------------------- */
+/* ---- opening ----------------------------------------------------------------------------- */
 
 /* Opens a copy that has not a byte to spare, so that a sanitizer sees every read past its end. The
  * copy lives until the next call. */
@@ -168,7 +168,7 @@ static const char *expect_failure(kvq_status found, const kvq_gguf *file, int st
     return NULL;
 }
 
-/* ---- tests of one file ----------------------------------------------------------------------- */
+/* ---- tests of one file ------------------------------------------------------------------- */
 
 static const char *reads_both_versions(void) {
     for (uint32_t version = 2; version <= 3; version++) {
@@ -512,7 +512,7 @@ static const char *a_thousand_tensors_are_found(void) {
     return NULL;
 }
 
-/* ---- tests of files on disk ------------------------------------------------------------------ */
+/* ---- tests of files on disk -------------------------------------------------------------- */
 
 static char directory[] = "/tmp/kvq_test_gguf_XXXXXX";
 static char path_buffer[512];

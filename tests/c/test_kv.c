@@ -30,7 +30,7 @@ static void make_floats(float *x, size_t n, unsigned long long seed) {
 
 static bool fits(kvq_codec_id id, int d) { return d % kvq_codecs[id].d_multiple == 0; }
 
-/* ---- halves ------------------------------------------------------------------------------------ */
+/* ---- halves ------------------------------------------------------------------------------ */
 
 static const char *halves_round_trip(void) {
     for (uint32_t h = 0; h < 65536; h++) {
@@ -48,21 +48,24 @@ static const char *halves_round_to_nearest_even(void) {
         const uint32_t even = h & 1u ? h + 1 : h;
         if (kvq_f32_to_f16(middle) != even || kvq_f32_to_f16(nextafterf(middle, 0.0f)) != h ||
             kvq_f32_to_f16(nextafterf(middle, FLT_MAX)) != h + 1) {
-            return TEST_FAIL("around %g: not rounded to the nearest half, ties to even", (double)middle);
+            return TEST_FAIL("around %g: not rounded to the nearest half, ties to even",
+                             (double)middle);
         }
     }
     TEST_CHECK(kvq_f32_to_f16(65519.0f) == 0x7bffu && kvq_f32_to_f16(65520.0f) == 0x7c00u);
     return NULL;
 }
 
-/* ---- codecs ------------------------------------------------------------------------------------ */
+/* ---- codecs ------------------------------------------------------------------------------ */
 
-/* Mean square error over variance, of normal data without offsets. u2 and c8: 5 % above the optimum of
- * their level count, 0.1188 and 0.2012 (kv_format.h, methods in docs/kv-schemes.md), less what a scale
- * per token and per channel gains. */
-static const double most_error[KVQ_CODECS] = {
-    [KVQ_CODEC_f16] = 1e-7, [KVQ_CODEC_q8_0] = 6e-5, [KVQ_CODEC_q4_0] = 0.012,
-    [KVQ_CODEC_u2] = 0.120, [KVQ_CODEC_c8] = 0.205};
+/* Mean square error over variance, of normal data without offsets. u2 and c8: 5 % above the optimum
+ * of their level count, 0.1188 and 0.2012 (kv_format.h, methods in docs/kv-schemes.md), less what a
+ * scale per token and per channel gains. */
+static const double most_error[KVQ_CODECS] = {[KVQ_CODEC_f16] = 1e-7,
+                                              [KVQ_CODEC_q8_0] = 6e-5,
+                                              [KVQ_CODEC_q4_0] = 0.012,
+                                              [KVQ_CODEC_u2] = 0.120,
+                                              [KVQ_CODEC_c8] = 0.205};
 
 static const char *codecs_lose_no_more_than_their_bits_imply(void) {
     static uint16_t rows[KVQ_BLOCK * KVQ_D_MAX];
@@ -83,8 +86,8 @@ static const char *codecs_lose_no_more_than_their_bits_imply(void) {
             }
         }
         if (error / power > most_error[id]) {
-            return TEST_FAIL("%s: error %.4g of the power, expected at most %.4g", kvq_codecs[id].name,
-                             error / power, most_error[id]);
+            return TEST_FAIL("%s: error %.4g of the power, expected at most %.4g",
+                             kvq_codecs[id].name, error / power, most_error[id]);
         }
     }
     return NULL;
@@ -100,7 +103,8 @@ static const char *codecs_take_any_input(void) {
             for (int i = 0; i < KVQ_BLOCK * 64; i++) rows[i] = extremes[e];
             kvq_codecs[id].encode(block, rows, 64);
             kvq_codecs[id].decode(y, block, 64);
-            if (extremes[e] == 0 && y[77] != 0) return TEST_FAIL("%s: zeros changed", kvq_codecs[id].name);
+            if (extremes[e] == 0 && y[77] != 0)
+                return TEST_FAIL("%s: zeros changed", kvq_codecs[id].name);
             memset(rows, 0, sizeof rows);
             rows[64 * 5 + 3] = extremes[e];
             kvq_codecs[id].encode(block, rows, 64);
@@ -112,8 +116,9 @@ static const char *codecs_take_any_input(void) {
     return NULL;
 }
 
-/* The stored bytes of every codec for fixed rows: [64][64] halves, then a block of each codec in the order
- * of codecs.def. A stored format never changes silently. KVQ_WRITE_VECTORS=1 writes the file anew. */
+/* The stored bytes of every codec for fixed rows: [64][64] halves, then a block of each codec in
+ * the order of codecs.def. A stored format never changes silently. KVQ_WRITE_VECTORS=1 writes the
+ * file anew. */
 static const char *blocks_are_the_frozen_ones(void) {
     enum { D = 64 };
     const char *const folder = getenv("KVQ_TEST_DIR");
@@ -140,14 +145,17 @@ static const char *blocks_are_the_frozen_ones(void) {
     return NULL;
 }
 
-/* ---- kernels ----------------------------------------------------------------------------------- */
+/* ---- kernels ----------------------------------------------------------------------------- */
 
-/* Scores: root mean square difference from the reference over a block, relative to that of |q||k| / sqrt(d),
- * the spread of a score. u2 rounds queries to 8 bits: with the largest of d normal channels at about 3
- * standard deviations, 3 / 127 / sqrt(12) = 0.7 % of the spread. Sums: relative to sum |p||v|. */
-static const double most_score_off[KVQ_CODECS] = {
-    [KVQ_CODEC_f16] = 1e-6, [KVQ_CODEC_q8_0] = 1e-6, [KVQ_CODEC_q4_0] = 1e-6,
-    [KVQ_CODEC_u2] = 0.015, [KVQ_CODEC_c8] = 1e-6};
+/* Scores: root mean square difference from the reference over a block, relative to that of |q||k| /
+ * sqrt(d), the spread of a score. u2 rounds queries to 8 bits: with the largest of d normal
+ * channels at about 3 standard deviations, 3 / 127 / sqrt(12) = 0.7 % of the spread. Sums: relative
+ * to sum |p||v|. */
+static const double most_score_off[KVQ_CODECS] = {[KVQ_CODEC_f16] = 1e-6,
+                                                  [KVQ_CODEC_q8_0] = 1e-6,
+                                                  [KVQ_CODEC_q4_0] = 1e-6,
+                                                  [KVQ_CODEC_u2] = 0.015,
+                                                  [KVQ_CODEC_c8] = 1e-6};
 static const float most_accum_off = 1e-6f;
 
 static const char *check_kernels(const kvq_isa *isa, kvq_codec_id id, int d, int n) {
@@ -168,15 +176,17 @@ static const char *check_kernels(const kvq_isa *isa, kvq_codec_id id, int d, int
         double off = 0, spread = 0, qq = 0;
         for (int c = 0; c < d; c++) qq += (double)q[i * d + c] * (double)q[i * d + c];
         for (int t = 0; t < KVQ_BLOCK; t++) {
-            const double difference = (double)s[i * KVQ_BLOCK + t] - (double)s_ref[i * KVQ_BLOCK + t];
+            const double difference =
+                (double)s[i * KVQ_BLOCK + t] - (double)s_ref[i * KVQ_BLOCK + t];
             off += difference * difference;
             for (int c = 0; c < d; c++) {
                 spread += qq * (double)decoded[t * d + c] * (double)decoded[t * d + c] / d;
             }
         }
         if (!(off <= most_score_off[id] * most_score_off[id] * spread)) {
-            return TEST_FAIL("%s on %s, width %d, query %d of %d: scores are off by %.3g of their spread",
-                             kvq_codecs[id].name, isa->name, d, i, n, sqrt(off / spread));
+            return TEST_FAIL(
+                "%s on %s, width %d, query %d of %d: scores are off by %.3g of their spread",
+                kvq_codecs[id].name, isa->name, d, i, n, sqrt(off / spread));
         }
     }
     for (int i = 0; i < n * KVQ_BLOCK; i++) s[i] = fabsf(s_ref[i]) * 0.01f;
@@ -187,11 +197,12 @@ static const char *check_kernels(const kvq_isa *isa, kvq_codec_id id, int d, int
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < d; c++) {
             float scale = 1;
-            for (int t = 0; t < KVQ_BLOCK; t++) scale += fabsf(s[i * KVQ_BLOCK + t] * decoded[t * d + c]);
+            for (int t = 0; t < KVQ_BLOCK; t++)
+                scale += fabsf(s[i * KVQ_BLOCK + t] * decoded[t * d + c]);
             if (!(fabsf(o[i * d + c] - o_ref[i * d + c]) <= most_accum_off * scale)) {
-                return TEST_FAIL("%s on %s, width %d, query %d of %d, channel %d: sum %g, expected %g",
-                                 kvq_codecs[id].name, isa->name, d, i, n, c, o[i * d + c],
-                                 o_ref[i * d + c]);
+                return TEST_FAIL(
+                    "%s on %s, width %d, query %d of %d, channel %d: sum %g, expected %g",
+                    kvq_codecs[id].name, isa->name, d, i, n, c, o[i * d + c], o_ref[i * d + c]);
             }
         }
     }
@@ -227,7 +238,8 @@ static const char *queries_do_not_disturb_each_other(void) {
         kvq_run_score(isa, (kvq_codec_id)id, s, &(kvq_query){.x = q, .n = MOST_QUERIES}, block, D);
         for (int i = 0; i < MOST_QUERIES; i++) {
             float sums[2][MOST_QUERIES * D] = {{0}};
-            kvq_run_score(isa, (kvq_codec_id)id, one, &(kvq_query){.x = q + i * D, .n = 1}, block, D);
+            kvq_run_score(isa, (kvq_codec_id)id, one, &(kvq_query){.x = q + i * D, .n = 1}, block,
+                          D);
             if (memcmp(one, s + i * KVQ_BLOCK, sizeof one) != 0) {
                 return TEST_FAIL("%s: the scores of query %d change alone", kvq_codecs[id].name, i);
             }
@@ -263,7 +275,8 @@ static const char *softmax_matches_exp(void) {
                                  expected);
             }
         }
-        if (fabs((double)got - sum) > 1e-5 * sum) return TEST_FAIL("sum %g, expected %g", (double)got, sum);
+        if (fabs((double)got - sum) > 1e-5 * sum)
+            return TEST_FAIL("sum %g, expected %g", (double)got, sum);
     }
     return NULL;
 }
@@ -271,7 +284,8 @@ static const char *softmax_matches_exp(void) {
 static const char *swiglu_matches_exp(void) {
     const kvq_isa *isa;
     if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
-    static const float extremes[] = {0, -0.0f, 1e-30f, -1e-30f, 88, -88, 1e4f, -1e4f, -87.5f, 87.5f};
+    static const float extremes[] = {0,   -0.0f, 1e-30f, -1e-30f, 88,
+                                     -88, 1e4f,  -1e4f,  -87.5f,  87.5f};
     float gate[83], up[83], x[83];
     make_floats(gate, 83, 5);
     make_floats(up, 83, 6);
@@ -288,7 +302,7 @@ static const char *swiglu_matches_exp(void) {
     return NULL;
 }
 
-/* ---- ring -------------------------------------------------------------------------------------- */
+/* ---- ring -------------------------------------------------------------------------------- */
 
 static const kvq_scheme *scheme_named(const char *name) {
     const kvq_scheme *scheme = NULL;
@@ -296,8 +310,8 @@ static const kvq_scheme *scheme_named(const char *name) {
     return scheme;
 }
 
-/* Every token must be found where kv_ring.h says it lives, after any sequence of appends and cuts. Under
- * f16 nothing is lost, so each row tells its token. */
+/* Every token must be found where kv_ring.h says it lives, after any sequence of appends and cuts.
+ * Under f16 nothing is lost, so each row tells its token. */
 static const char *ring_holds_every_token(void) {
     enum { D = 16, N_CTX = 700 };
     static const struct {
@@ -311,8 +325,8 @@ static const char *ring_holds_every_token(void) {
         for (int round = 0; round < 2; round++) {
             if (round) arena = (kvq_arena){.base = kvq_alloc(arena.used)};
             bytes = (kvq_ring_bytes){0};
-            kvq_ring_lay_out(&ring, &arena, &bytes, scheme_named("f16"), false, 1, D, shapes[shape].sinks,
-                             shapes[shape].window, N_CTX);
+            kvq_ring_lay_out(&ring, &arena, &bytes, scheme_named("f16"), false, 1, D,
+                             shapes[shape].sinks, shapes[shape].window, N_CTX);
         }
         TEST_CHECK(bytes.sinks + bytes.sealed + bytes.recent == arena.used);
         int tokens[N_CTX], n = 0, next = 1; /* each token is a number of its own */
@@ -322,7 +336,8 @@ static const char *ring_holds_every_token(void) {
                 kvq_ring_truncate(&ring, n);
             } else {
                 static uint16_t rows[N_CTX * D];
-                const int room = N_CTX - n, count = (int)(test_random(&state) % (unsigned)(room + 1)) / 2;
+                const int room = N_CTX - n,
+                          count = (int)(test_random(&state) % (unsigned)(room + 1)) / 2;
                 const int until = kvq_ring_until_seal(&ring), sealed = ring.n_sealed;
                 for (int t = 0; t < count; t++) {
                     for (int c = 0; c < D; c++) rows[t * D + c] = (uint16_t)next;
@@ -338,12 +353,12 @@ static const char *ring_holds_every_token(void) {
             for (int token = 0; token < n; token++) {
                 const int i = token - ring.sinks;
                 for (int side = 0; side < KVQ_SIDES; side++) {
-                    const uint16_t *const row =
-                        i < 0 ? kvq_ring_sink(&ring, 0, side, token)
-                        : i < ring.n_sealed * KVQ_BLOCK
-                            ? (const uint16_t *)(void *)kvq_ring_block(&ring, 0, side, i / KVQ_BLOCK) +
-                                  i % KVQ_BLOCK * D
-                            : kvq_ring_recent(&ring, 0, side, i);
+                    const uint16_t *const row = i < 0 ? kvq_ring_sink(&ring, 0, side, token)
+                                                : i < ring.n_sealed * KVQ_BLOCK
+                                                    ? (const uint16_t *)(void *)kvq_ring_block(
+                                                          &ring, 0, side, i / KVQ_BLOCK) +
+                                                          i % KVQ_BLOCK * D
+                                                    : kvq_ring_recent(&ring, 0, side, i);
                     if (row[D - 1] != tokens[token]) {
                         return TEST_FAIL("sinks %d, window %d, move %d: token %d of %d is lost",
                                          ring.sinks, ring.window, move, token, n);
@@ -356,16 +371,18 @@ static const char *ring_holds_every_token(void) {
     return NULL;
 }
 
-/* ---- attention --------------------------------------------------------------------------------- */
+/* ---- attention --------------------------------------------------------------------------- */
 
-/* The cache as plain numbers: what kv_ring.h says the ring holds, decoded, in the basis of the scheme. */
+/* The cache as plain numbers: what kv_ring.h says the ring holds, decoded, in the basis of the
+ * scheme. */
 static void decode_ring(const kvq_ring *ring, int head, int side, float *x) {
     const int d = ring->d;
     float block[KVQ_BLOCK * 64];
     for (int token = 0; token < ring->n; token++) {
         const int i = token - ring->sinks;
         if (i >= 0 && i < ring->n_sealed * KVQ_BLOCK) {
-            kvq_codecs[ring->codec[side]].decode(block, kvq_ring_block(ring, head, side, i / KVQ_BLOCK), d);
+            kvq_codecs[ring->codec[side]].decode(
+                block, kvq_ring_block(ring, head, side, i / KVQ_BLOCK), d);
             memcpy(x + token * d, block + i % KVQ_BLOCK * d, (size_t)d * sizeof *x);
         } else {
             const uint16_t *const row = i < 0 ? kvq_ring_sink(ring, head, side, token)
@@ -395,7 +412,8 @@ static const char *open_bench(bench *b, const char *scheme, int n_batch, int n_t
             b->memory[1] = scratch.base = kvq_alloc(scratch.used);
             kv.used = scratch.used = 0;
         }
-        kvq_ring_lay_out(&b->ring, &kv, &bytes, scheme_named(scheme), false, A_KV_HEADS, A_D, 5, 64, A_CTX);
+        kvq_ring_lay_out(&b->ring, &kv, &bytes, scheme_named(scheme), false, A_KV_HEADS, A_D, 5, 64,
+                         A_CTX);
         kvq_attention_lay_out(&b->a, &scratch, &b->ring, A_HEADS, A_D, n_batch, n_threads);
     }
     return NULL;
@@ -407,7 +425,8 @@ static void close_bench(bench *b) {
     kvq_free(b->memory[1]);
 }
 
-static float a_q[A_CTX * A_HEADS * A_D], a_k[A_CTX * A_KV_HEADS * A_D], a_v[A_CTX * A_KV_HEADS * A_D];
+static float a_q[A_CTX * A_HEADS * A_D], a_k[A_CTX * A_KV_HEADS * A_D],
+    a_v[A_CTX * A_KV_HEADS * A_D];
 static float a_out[A_CTX * A_HEADS * A_D], a_other[A_CTX * A_HEADS * A_D];
 
 static void make_inputs(void) {
@@ -417,8 +436,8 @@ static void make_inputs(void) {
     for (size_t i = 0; i < sizeof a_q / sizeof *a_q; i++) a_q[i] *= 2.0f;
 }
 
-/* Runs tokens first .. end - 1 through the bench in passes of `step` tokens, none of which crosses a seal
- * if `stop_at_seals`. */
+/* Runs tokens first .. end - 1 through the bench in passes of `step` tokens, none of which crosses
+ * a seal if `stop_at_seals`. */
 static void run_bench(bench *b, float *out, int first, int end, int step, bool stop_at_seals) {
     for (int t = first, n; t < end; t += n) {
         const int until = kvq_ring_until_seal(&b->ring);
@@ -429,7 +448,8 @@ static void run_bench(bench *b, float *out, int first, int end, int step, bool s
     }
 }
 
-/* What head h of token t must get, by plain loops in f64 over the decoded ring and the token itself. */
+/* What head h of token t must get, by plain loops in f64 over the decoded ring and the token
+ * itself. */
 static void attend_plainly(float *out, const bench *b, const kvq_scheme *scheme, int t, int h) {
     static float keys[A_CTX * A_D], values[A_CTX * A_D];
     const int kv_head = h / (A_HEADS / A_KV_HEADS);
@@ -469,7 +489,8 @@ static const char *attention_is_softmax_over_the_cache(void) {
         const char *const broken = open_bench(&b, info.name, 1, 2);
         if (broken) return broken;
         run_bench(&b, a_out, 0, t, 1, false);
-        for (int h = 0; h < A_HEADS; h++) attend_plainly(expected[h], &b, scheme_named(info.name), t, h);
+        for (int h = 0; h < A_HEADS; h++)
+            attend_plainly(expected[h], &b, scheme_named(info.name), t, h);
         run_bench(&b, a_out, t, t + 1, 1, false);
         close_bench(&b);
         for (int h = 0; h < A_HEADS; h++) {
@@ -499,8 +520,8 @@ static const char *attention_does_not_depend_on_cuts_or_threads(void) {
             run_bench(&b, k ? a_other : a_out, 0, A_CTX, steps[k % 4], true);
             close_bench(&b);
             if (k && memcmp(a_out, a_other, sizeof a_out) != 0) {
-                return TEST_FAIL("%s: passes of %d tokens on %d threads change the result", info.name,
-                                 steps[k % 4], 1 + k % 3);
+                return TEST_FAIL("%s: passes of %d tokens on %d threads change the result",
+                                 info.name, steps[k % 4], 1 + k % 3);
             }
         }
     }
@@ -519,6 +540,7 @@ const kvq_test tests_kv[] = {
     {"kv: swiglu matches exp", swiglu_matches_exp},
     {"kv: the ring holds every token where it says", ring_holds_every_token},
     {"kv: attention is softmax over the decoded cache", attention_is_softmax_over_the_cache},
-    {"kv: attention does not depend on cuts or threads", attention_does_not_depend_on_cuts_or_threads},
+    {"kv: attention does not depend on cuts or threads",
+     attention_does_not_depend_on_cuts_or_threads},
     {NULL, NULL},
 };

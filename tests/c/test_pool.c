@@ -25,8 +25,8 @@ static const char *tasks_run_once(void) {
             kvq_pool_run(pool, n, count_run, pool);
             for (int i = 0; i < MOST; i++) {
                 if (atomic_load(&runs[i]) != (i < n)) {
-                    return TEST_FAIL("%d threads, job %d: task %d of %d ran %d times", threads[k], job, i,
-                                     n, atomic_load(&runs[i]));
+                    return TEST_FAIL("%d threads, job %d: task %d of %d ran %d times", threads[k],
+                                     job, i, n, atomic_load(&runs[i]));
                 }
             }
         }

@@ -35,7 +35,7 @@ typedef struct input {
     uint8_t bytes[INPUT_BYTES_MAX];
 } input;
 
-/* ---- meters and reports ---------------------------------------------------------------------- */
+/* ---- meters and reports ------------------------------------------------------------------ */
 
 static struct {
     bool on;
@@ -120,7 +120,7 @@ static bool run_current(void) {
     return false;
 }
 
-/* ---- mutations ------------------------------------------------------------------------------- */
+/* ---- mutations --------------------------------------------------------------------------- */
 
 static uint64_t random_state;
 
@@ -238,7 +238,7 @@ static void mutate(input *f, const input *other) {
     }
 }
 
-/* ---- program --------------------------------------------------------------------------------- */
+/* ---- program ----------------------------------------------------------------------------- */
 
 static input *read_input(const char *path) {
     input *const f = malloc(sizeof *f);
