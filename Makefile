@@ -52,7 +52,7 @@ $(VENV)/.ready: pyproject.toml
 
 $(EXTENSION): $(VENV)/.ready $(BUILD)/libkvq.a core/kvq.h pykvq/_build.py setup.py
 	$(PY) -m pip install -q --disable-pip-version-check 'setuptools>=77'
-	$(PY) setup.py -q build_ext --inplace --force
+	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
 ext: $(EXTENSION) ## build the Python extension in place

@@ -1,9 +1,10 @@
-/* forward.c: per layer: norm -> q, k, v -> RoPE -> attention -> output; norm -> gate, up -> down. */
+/* forward.c: per layer: norm -> q, k, v -> RoPE -> attention -> output; norm -> gate, up -> down.
+ */
 #include "forward.h"
 
 #include "ops.h"
 
-/* ---- buffers ----------------------------------------------------------------------------------- */
+/* ---- buffers ----------------------------------------------------------------------------- */
 
 static size_t widest_input(const kvq_config *c) {
     size_t widest = c->d_model;
@@ -26,12 +27,12 @@ void kvq_forward_lay_out(kvq_forward *f, kvq_arena *arena) {
     f->up = kvq_arena_take(arena, n * c->d_ff * 4);
     f->delta = kvq_arena_take(arena, n * c->d_model * 4);
     f->cos_sin = kvq_arena_take(arena, n * c->d_rope * 4);
-    f->acts.q = kvq_arena_take(arena, n * wide);
+    f->acts.q = kvq_arena_take(arena, n * wide * 2);
     f->acts.scale = kvq_arena_take(arena, n * wide / 32 * 4);
-    f->acts.sums = kvq_arena_take(arena, n * wide / 16 * 2);
+    f->acts.sums = kvq_arena_take(arena, n * wide / 32 * 4);
 }
 
-/* ---- products ---------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------- */
 
 enum { TOKENS_PER_TASK = 8, ROWS_PER_TASK = 32, MOST_TASKS = 256 };
 
@@ -61,8 +62,8 @@ static void multiply_rows(void *context, int task, int worker) {
     const product *const m = &p->list[i];
     const size_t first = (size_t)task * p->per_task[i], left = m->w->rows - first;
     const size_t n = left < p->per_task[i] ? left : p->per_task[i];
-    kvq_run_matmul(p->f->isa, m->w->kind, m->y + first, m->y_stride, m->w->data + first * m->w->row_bytes,
-                   n, &p->f->acts);
+    kvq_run_matmul(p->f->isa, m->w->kind, m->y + first, m->y_stride,
+                   m->w->data + first * m->w->row_bytes, n, &p->f->acts);
     if (!m->bias || !m->bias->data) return;
     const float *const bias = kvq_tensor_vector(m->bias) + first;
     for (size_t t = 0; t < p->f->acts.n_tok; t++) {
@@ -83,11 +84,12 @@ static void multiply(const kvq_forward *f, const product *list, int count) {
     kvq_pool_run(f->pool, total, multiply_rows, &p);
 }
 
-static void multiply_one(const kvq_forward *f, float *y, const kvq_tensor *w, const kvq_tensor *bias) {
+static void multiply_one(const kvq_forward *f, float *y, const kvq_tensor *w,
+                         const kvq_tensor *bias) {
     multiply(f, &(product){.y = y, .w = w, .bias = bias, .y_stride = w->rows}, 1);
 }
 
-/* ---- work done token by token ------------------------------------------------------------------ */
+/* ---- work done token by token ------------------------------------------------------------ */
 
 /* One call of an operation over the tokens of a pass, in tasks of TOKENS_PER_TASK. */
 typedef struct by_token {
@@ -117,7 +119,8 @@ static void set_input(kvq_forward *f, const float *x, int n, size_t cols) {
     f->acts.n_cols = cols;
 }
 
-/* Quantized weights come in rows of whole blocks, so a width that is no multiple of 32 meets none. */
+/* Quantized weights come in rows of whole blocks, so a width that is no multiple of 32 meets none.
+ */
 static void quantize_token(kvq_forward *f, int t) {
     if (f->isa->quantize && f->acts.n_cols % 32 == 0) f->isa->quantize(&f->acts, (size_t)t, 1);
 }
@@ -126,11 +129,11 @@ static void embed_token(kvq_forward *f, const void *what, int t) {
     const kvq_pass *const pass = what;
     const kvq_config *const c = &f->model->config;
     const kvq_tensor *const w = &f->model->token_embd;
-    kvq_weight_formats[w->kind].dequantize(f->x + (size_t)t * c->d_model,
-                                           w->data + (size_t)pass->tokens[t] * w->row_bytes, w->cols);
+    kvq_weight_formats[w->kind].dequantize(
+        f->x + (size_t)t * c->d_model, w->data + (size_t)pass->tokens[t] * w->row_bytes, w->cols);
     const float *const factors = kvq_tensor_vector(&f->model->rope_freqs);
-    kvq_rope_angles(f->cos_sin + (size_t)t * c->d_rope, f->rings[0].n + t, (int)c->d_rope, c->rope_base,
-                    c->rope_scale, factors);
+    kvq_rope_angles(f->cos_sin + (size_t)t * c->d_rope, f->rings[0].n + t, (int)c->d_rope,
+                    c->rope_base, c->rope_scale, factors);
 }
 
 static void norm_token(kvq_forward *f, const void *what, int t) {
@@ -146,8 +149,10 @@ static void rotate_token(kvq_forward *f, const void *what, int t) {
     const size_t q = (size_t)c->n_heads * c->d_head, kv = (size_t)c->n_kv_heads * c->d_head;
     const bool neox = c->rope == KVQ_ROPE_NEOX;
     (void)what;
-    kvq_rope_rotate(f->q + (size_t)t * q, (int)c->n_heads, (int)c->d_head, angles, (int)c->d_rope, neox);
-    kvq_rope_rotate(f->k + (size_t)t * kv, (int)c->n_kv_heads, (int)c->d_head, angles, (int)c->d_rope, neox);
+    kvq_rope_rotate(f->q + (size_t)t * q, (int)c->n_heads, (int)c->d_head, angles, (int)c->d_rope,
+                    neox);
+    kvq_rope_rotate(f->k + (size_t)t * kv, (int)c->n_kv_heads, (int)c->d_head, angles,
+                    (int)c->d_rope, neox);
 }
 
 static void quantize_heads(kvq_forward *f, const void *what, int t) {
@@ -170,7 +175,7 @@ static void add_delta(kvq_forward *f, const void *what, int t) {
     for (size_t i = 0; i < d; i++) x[i] += delta[i];
 }
 
-/* ---- the pass ---------------------------------------------------------------------------------- */
+/* ---- the pass ---------------------------------------------------------------------------- */
 
 static void run_layer(kvq_forward *f, const kvq_layer *l, kvq_ring *ring, int n) {
     const kvq_config *const c = &f->model->config;

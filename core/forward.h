@@ -1,7 +1,7 @@
 /* forward.h: tokens through the layers, on the CPU.
  *
- * Owns the buffers of one pass. Knows no architecture's name, no codec and no instruction set's name: it
- * asks the data (is there a bias? how are pairs rotated?). Called by session.c.
+ * Owns the buffers of one pass. Knows no architecture's name, no codec and no instruction set's
+ * name: it asks the data (is there a bias? how are pairs rotated?). Called by session.c.
  */
 #ifndef KVQ_FORWARD_H
 #define KVQ_FORWARD_H
@@ -18,21 +18,22 @@ typedef struct kvq_forward {
     kvq_attention attention;
     kvq_ring *rings; /* [n_layers] */
     int n_batch;
-    float *x;                  /* [n_batch][d_model] the residual stream */
-    float *normed;             /* [n_batch][d_model] */
-    float *q, *k, *v, *heads;  /* [n_batch][n_heads or n_kv_heads][d_head]; heads: attention's output */
-    float *gate, *up;          /* [n_batch][d_ff] */
-    float *delta;              /* [n_batch][d_model] what a layer's half adds to x */
-    float *cos_sin;            /* [n_batch][d_rope] */
-    kvq_activations acts;      /* buffers for the widest input */
+    float *x;      /* [n_batch][d_model] the residual stream */
+    float *normed; /* [n_batch][d_model] */
+    float *q, *k, *v,
+        *heads;           /* [n_batch][n_heads or n_kv_heads][d_head]; heads: attention's output */
+    float *gate, *up;     /* [n_batch][d_ff] */
+    float *delta;         /* [n_batch][d_model] what a layer's half adds to x */
+    float *cos_sin;       /* [n_batch][d_rope] */
+    kvq_activations acts; /* buffers for the widest input */
 } kvq_forward;
 
 /* Lays out the buffers of a pass; model and n_batch must be set. */
 void kvq_forward_lay_out(kvq_forward *f, kvq_arena *arena);
 
 /* Runs tokens[n], n <= n_batch, from position rings[0].n on; every token must be in the vocabulary.
- * Between layers it reads *cancelled and calls `progress`; if either says stop, it returns false and
- * leaves the rings as they are, some a pass ahead of others. */
+ * Between layers it reads *cancelled and calls `progress`; if either says stop, it returns false
+ * and leaves the rings as they are, some a pass ahead of others. */
 typedef struct kvq_pass {
     const int32_t *tokens;
     int n;

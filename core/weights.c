@@ -8,7 +8,7 @@
  */
 #include "weights.h"
 
-/* ---- floats ---------------------------------------------------------------------------------- */
+/* ---- floats ------------------------------------------------------------------------------ */
 
 static void dequantize_F32(float *y, const uint8_t *row, size_t n) { memcpy(y, row, 4 * n); }
 
@@ -20,7 +20,7 @@ static void dequantize_BF16(float *y, const uint8_t *row, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = kvq_bf16_to_f32(kvq_load_u16(row + 2 * i));
 }
 
-/* ---- blocks of 32 ---------------------------------------------------------------------------- */
+/* ---- blocks of 32 ------------------------------------------------------------------------ */
 
 /* Codes of 4 bits: byte i holds column i in its low half and column i + 16 in its high half. */
 static int nibble(const uint8_t codes[16], int column) {
@@ -76,7 +76,7 @@ static void dequantize_Q5_1(float *y, const uint8_t *row, size_t n) {
     }
 }
 
-/* ---- super-blocks of 256 --------------------------------------------------------------------- */
+/* ---- super-blocks of 256 ----------------------------------------------------------------- */
 
 /* Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes, one pair for each sub-block of 32.
  * Byte i of the three groups of 4 (scales 0-3, minima 0-3, and the rest):
@@ -148,7 +148,7 @@ static void dequantize_Q6_K(float *y, const uint8_t *row, size_t n) {
     }
 }
 
-/* ---- tables ---------------------------------------------------------------------------------- */
+/* ---- tables ------------------------------------------------------------------------------ */
 
 const kvq_weight_format kvq_weight_formats[KVQ_WEIGHT_KINDS] = {
 #define KVQ_WEIGHT(NAME, ID, BLOCK, BYTES) {#NAME, ID, BLOCK, BYTES, dequantize_##NAME},
@@ -191,7 +191,7 @@ bool kvq_ggml_type_size(uint32_t ggml_id, const char **name, uint32_t *block, ui
     return true;
 }
 
-/* ---- product --------------------------------------------------------------------------------- */
+/* ---- product ----------------------------------------------------------------------------- */
 
 #define RUN 256  /* columns dequantized at a time: a multiple of every block */
 #define GROUP 32 /* tokens that share one dequantization */

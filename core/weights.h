@@ -1,8 +1,8 @@
 /* weights.h: the formats of weights in GGUF files, and products of them with activations.
  *
- * A format is a row of weights.def. Owns the rows, the reference dequantizers and the reference product;
- * the fast products stand in isa/. Knows no tensor names and no layers. Called by gguf.c (sizes of rows),
- * arch.c (which formats are supported) and forward.c (products).
+ * A format is a row of weights.def. Owns the rows, the reference dequantizers and the reference
+ * product; the fast products stand in isa/. Knows no tensor names and no layers. Called by gguf.c
+ * (sizes of rows), arch.c (which formats are supported) and forward.c (products).
  */
 #ifndef KVQ_WEIGHTS_H
 #define KVQ_WEIGHTS_H
@@ -30,19 +30,22 @@ extern const kvq_weight_format kvq_weight_formats[KVQ_WEIGHT_KINDS];
 /* The kind of a ggml type id, or -1 if it is not one that can be multiplied. */
 int kvq_weight_find(uint32_t ggml_id);
 
-/* Elements and bytes of one block of any ggml type that GGUF files may hold (also types that cannot be
- * multiplied, so that a file with one can be inspected); false for an unknown or removed id. */
+/* Elements and bytes of one block of any ggml type that GGUF files may hold (also types that cannot
+ * be multiplied, so that a file with one can be inspected); false for an unknown or removed id. */
 bool kvq_ggml_type_size(uint32_t ggml_id, const char **name, uint32_t *block, uint32_t *bytes);
 
-/* Activations of n_tok tokens, made ready for products by an instruction set. n_cols is a multiple of 32
- * wherever a quantized format is multiplied. */
+/* The largest magnitude of a quantized activation: 15 bits with the sign. */
+#define KVQ_ACTIVATION_MAX 16383
+
+/* Activations of n_tok tokens, made ready for products by an instruction set. n_cols is a multiple
+ * of 32 wherever a quantized format is multiplied. */
 typedef struct kvq_activations {
     const float *x; /* [n_tok][n_cols] */
     size_t n_tok, n_cols;
     /* Filled by kvq_isa.quantize, per block of 32 columns (of the n_cols / 32 in a row): */
-    int8_t *q;      /* [n_tok][n_cols] */
-    float *scale;   /* [n_tok][n_cols / 32]  x ~ scale * q */
-    int16_t *sums;  /* [n_tok][n_cols / 16]  sum of q over each half block */
+    int16_t *q;   /* [n_tok][n_cols]       each four columns in the order 0, 2, 1, 3 */
+    float *scale; /* [n_tok][n_cols / 32]  x ~ scale * q; largest |q| = KVQ_ACTIVATION_MAX */
+    float *sums;  /* [n_tok][n_cols / 32]  sum of q over the block, exact */
 } kvq_activations;
 
 /* y[t * y_stride + r] = sum over c of w[r][c] * x[t][c] for n_rows rows that start at `w`, each of

@@ -44,4 +44,5 @@ ffibuilder.set_source(
     extra_objects=[str(BUILD / "libkvq.a")],
     libraries=["m", "pthread"],
     py_limited_api=True,
+    depends=[str(BUILD / "libkvq.a"), "core/kvq.h"],
 )

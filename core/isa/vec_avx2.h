@@ -1,14 +1,15 @@
-/* vec_avx2.h: the vector words that the kernel texts (*_kernels.inl) are written in, for AVX2 + FMA + F16C.
+/* vec_avx2.h: the vector words that the kernel texts (*_kernels.inl) are written in, for AVX2 + FMA
+ * + F16C.
  *
- * A word is one idea, not one instruction. vf: 8 f32. vi: 8 i32. vb: 32 bytes. Included by isa_avx2.c
- * after it has switched its target on; another instruction set defines the same words.
+ * A word is one idea, not one instruction. vf: 8 f32. vi: 8 i32. vb: 32 bytes. Included by
+ * isa_avx2.c after it has switched its target on; another instruction set defines the same words.
  */
 #ifndef KVQ_VEC_AVX2_H
 #define KVQ_VEC_AVX2_H
 
 #include <immintrin.h>
 
-#define VF_LANES 8 /* f32 in a vector */
+#define VF_LANES 8  /* f32 in a vector */
 #define VB_LANES 32 /* bytes in a vector */
 
 typedef __m256 vf;
@@ -53,12 +54,14 @@ static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of 
     return _mm256_blendv_ps(no, yes, x);
 }
 
-/* e^x for x <= 0, relative error below 2e-7; exactly 0 for x < -87, -inf included. x = n ln 2 + r with
- * |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7, times 2^n put into the exponent. */
+/* e^x for x <= 0, relative error below 2e-7; exactly 0 for x < -87, -inf included. x = n ln 2 + r
+ * with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7, times 2^n put into the exponent.
+ */
 static inline vf vf_exp(vf x) {
     const vf n = _mm256_round_ps(_mm256_mul_ps(x, vf_set(1.44269504f)),
                                  _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vf r = _mm256_fnmadd_ps(n, vf_set(0x1.62e4p-1f), x); /* the high bits of ln 2: n * high is exact */
+    vf r =
+        _mm256_fnmadd_ps(n, vf_set(0x1.62e4p-1f), x); /* the high bits of ln 2: n * high is exact */
     r = _mm256_fnmadd_ps(n, vf_set(0x1.7f7d1cp-20f), r);
     vf y = vf_set(1.0f / 5040);
     y = vf_fma(y, r, vf_set(1.0f / 720));
@@ -77,8 +80,10 @@ static inline vf vf_exp(vf x) {
 static inline vf vf_lookup8(vf table, vi index) { return _mm256_permutevar8x32_ps(table, index); }
 
 static inline vi vi_from_vf(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest even */
-static inline void vi_store_i8(int8_t *p, vi a) { /* the low byte of each lane; lanes in -128..127 */
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+static inline void vi_store_i8(int8_t *p,
+                               vi a) { /* the low byte of each lane; lanes in -128..127 */
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
@@ -97,24 +102,22 @@ static inline vi vi_set_lanes(const void *p) { /* 4 bytes, repeated in all lanes
 static inline vb vb_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline vb vb_set(int x) { return _mm256_set1_epi8((char)x); }
 static inline vb vb_and(vb a, vb b) { return _mm256_and_si256(a, b); }
-#define vb_shr(a, n, mask) _mm256_and_si256(_mm256_srli_epi16(a, n), mask) /* per byte, if mask clears the rest */
+#define vb_shr(a, n, mask)                                                                         \
+    _mm256_and_si256(_mm256_srli_epi16(a, n), mask) /* per byte, if mask clears the rest */
 
-/* Adjacent products u * s summed in pairs into i16: u in 0..255, s in -127..127; the caller keeps every
- * pair sum and the running sums inside i16. */
+/* Adjacent products u * s summed in pairs into i16: u in 0..255, s in -127..127; the caller keeps
+ * every pair sum and the running sums inside i16. */
 static inline vi vi_madd_u8s8(vb u, vb s) { return _mm256_maddubs_epi16(u, s); }
 static inline vi vi_add16(vi a, vi b) { return _mm256_add_epi16(a, b); }
 static inline vi vi_widen16(vi a) { /* adjacent i16 summed into i32 */
     return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
 }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
-static inline vi vi_dot4_u8s8(vi sum, vb u, vb s) { /* sum[i] += u[4i..4i+3] . s[4i..4i+3] */
-    return vi_add(sum, vi_widen16(vi_madd_u8s8(u, s)));
-}
 
-/* ---- words of the weight kernels ------------------------------------------------------------- */
+/* ---- words of the weight kernels --------------------------------------------------------- */
 
-/* Asks for the cache line at p, which may be any address. A macro, because gcc deems a function that
- * only prefetches pure and drops the calls. */
+/* Asks for the cache line at p, which may be any address. A macro, because gcc deems a function
+ * that only prefetches pure and drops the calls. */
 #define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 
 static inline float vf_first(vf a) { return _mm256_cvtss_f32(a); } /* lane 0 */
@@ -123,7 +126,8 @@ static inline vf vf_load_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 static inline vf vf_from_f16_low(vi a) { /* the f16 in the low half of each lane */
-    const __m128i low_bytes = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i low_bytes =
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m256i low = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(low_bytes));
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 0x08)));
 }
@@ -134,19 +138,24 @@ static inline vi vi_keep(vi a) {
     __asm__("" : "+x"(a));
     return a;
 }
-static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
-static inline vi vi_madd16(vi a, vi b) { return _mm256_madd_epi16(a, b); } /* i16: a0 b0 + a1 b1 */
-static inline vi vi_low16(vi a) { /* the low i16 of each lane, twice */
+static inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+#define vi_byte(a, n) /* signed byte n of each lane; n: a constant */                              \
+    _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * (n)), 24)
+
+/* Two i16 to a lane. */
+static inline vi vi_set16(int16_t x) { return _mm256_set1_epi16(x); }
+static inline vi vi_sub16(vi a, vi b) { return _mm256_sub_epi16(a, b); }
+static inline vi vi_mul16(vi a, vi b) { return _mm256_mullo_epi16(a, b); }
+static inline vi vi_madd16(vi a, vi b) { return _mm256_madd_epi16(a, b); } /* i32: a0 b0 + a1 b1 */
+#define vi_shr16(a, n) _mm256_srli_epi16(a, n)
+static inline vi vi_low16(vi a) { /* the low one, twice */
     return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, 0xa0), 0xa0);
 }
-static inline vi vi_high16(vi a) {
-    return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, 0xf5), 0xf5);
-}
-static inline vi vi_pair_i8(vi a, int pair) { /* signed bytes 0, 1 or 2, 3 of a lane, as two i16 */
-    const __m128i high = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
-    const __m256i bytes = pair ? _mm256_srli_epi32(a, 16) : a;
-    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(high)), 8);
-}
+/* The low or high byte of each, widened. */
+static inline vi vi_low_bytes(vb a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
+static inline vi vi_high_bytes(vb a) { return _mm256_srli_epi16(a, 8); }
+static inline vi vi_low_signed_bytes(vb a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+static inline vi vi_high_signed_bytes(vb a) { return _mm256_srai_epi16(a, 8); }
 
 /* Rows at p, p + stride, ..., one to a lane: the first 4 bytes of each (vi_load_rows), or the first
  * 16 as 4 vectors of 4 bytes per row (vb_load_quads). */
@@ -178,9 +187,6 @@ static inline void vb_load_quads(vb quads[4], const uint8_t *p, size_t stride) {
     quads[3] = _mm256_unpackhi_epi64(high01, high23);
 }
 
-static inline void vb_store(void *p, vb a) { _mm256_storeu_si256((__m256i *)p, a); }
-static inline vb vb_abs(vb a) { return _mm256_abs_epi8(a); } /* -128 gives 128, unsigned */
-static inline vb vb_sign(vb a, vb sign) { return _mm256_sign_epi8(a, sign); } /* a, -a or 0 */
 #define vb_shl(a, n, mask) _mm256_and_si256(_mm256_slli_epi16(a, n), mask) /* as vb_shr */
 
 /* Byte j of a lane of sixteens[i] is 16 where bit 4 i + j of that lane of `bits` is set, else 0. */
@@ -209,22 +215,23 @@ static inline float vf_abs_max32(const float *p) {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
     return _mm_cvtss_f32(_mm_castsi128_ps(m));
 }
-/* 32 numbers times `factor`, rounded to nearest even, saturated to i8. */
-static inline vb vb_from_scaled_f32(const float *p, float factor) {
-    __m256i v[4];
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_cvtps_epi32(vf_mul(vf_load(p + 8 * i), vf_set(factor)));
+/* q[32]: as many numbers times `factor`, rounded to nearest even, saturated to i16, each four in
+ * the order 0, 2, 1, 3. Returns the sum of q, exact below 2^24. */
+static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < 32; i += 16) {
+        const __m256i low = _mm256_cvtps_epi32(vf_mul(vf_load(p + i), vf_set(factor)));
+        const __m256i high = _mm256_cvtps_epi32(vf_mul(vf_load(p + i + 8), vf_set(factor)));
+        const __m256i words =
+            _mm256_packs_epi32(_mm256_shuffle_epi32(low, 0xd8), _mm256_shuffle_epi32(high, 0xd8));
+        /* packs works in halves of a vector */
+        _mm256_storeu_si256((__m256i *)(q + i), _mm256_permute4x64_epi64(words, 0xd8));
+        sum = _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
     }
-    const __m256i low = _mm256_packs_epi32(v[0], v[1]), high = _mm256_packs_epi32(v[2], v[3]);
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works in halves */
-    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), in_order);
-}
-static inline void vb_sum_halves(int16_t sums[2], vb a) { /* signed bytes 0 to 15, and 16 to 31 */
-    const __m256i fours = vi_widen16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), a));
-    const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0x4e));
-    const __m256i all = _mm256_add_epi32(eights, _mm256_shuffle_epi32(eights, 0xb1));
-    sums[0] = (int16_t)_mm_cvtsi128_si32(_mm256_castsi256_si128(all));
-    sums[1] = (int16_t)_mm_cvtsi128_si32(_mm256_extracti128_si256(all, 1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return (float)_mm_cvtsi128_si32(s);
 }
 
 #endif

@@ -2,94 +2,153 @@
  * isa_*.c with the target switched on, for its table: `quantize`, and a matmul_NAME for each row of
  * weights.def.
  *
- * Quantized weights. VF_LANES rows make a panel, a row to a lane. A tile is up to TILE_BLOCKS
- * blocks of 32 columns of a panel, unpacked to bytes on the stack so that any number of tokens can
- * share the unpacking: code vector i of a block holds, in lane r, columns 4i to 4i + 3 of row r.
- * Multiplied by the same four columns of a token in all lanes, eight such vectors give the integer
- * dot products of the block for all the rows at once, with no sum across lanes, and
+ * Quantized weights. VF_LANES rows make a panel, a row to a lane. Codes are unpacked to i16: code
+ * vector i of a block of 32 columns holds, in lane r, two columns of row r. Multiplied by the same
+ * two columns of a token in all lanes, sixteen such vectors give the integer dot products of the
+ * block for all the rows at once, with no sum across lanes, and
  *     sum[r] += scale_of_x * (scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
+ * A tile is up to TILE_BLOCKS blocks of a panel. For a token alone the codes are multiplied as they
+ * are unpacked, in registers; for more they are kept on the stack, so that all share the unpacking.
  * Each sum is one chain over the blocks from first to last, however many tokens and rows come
  * together: their number changes no bit of a result.
+ *
+ * As |q| < 2^14, integers of a block stay inside i32:
+ *     4 and 5 bits:  31 * 2^14 * 32 < 2^24, exact in f32 too
+ *     Q8_0:         128 * 2^14 * 32 = 2^26
+ *     Q6_K:    32 * 128 * KVQ_ACTIVATION_MAX * 32 = 2^31 - 2^17, its scales being integers
  *
  * Float weights are multiplied with the f32 activations, columns in lanes.
  */
 #define WEIGHT_INLINE static inline __attribute__((always_inline))
 
 #define TILE_BLOCKS 8   /* a super-block of 256 columns */
-#define TILE_TOKENS 4   /* that share each load of codes */
+#define TILE_TOKENS 8   /* that share each load of codes */
 #define CHUNK_TOKENS 64 /* whose q should stay in L2 while the rows pass by */
 
 typedef struct weight_tile {
-    vb codes[TILE_BLOCKS][8];    /* [block][4 columns] */
-    vf scale[TILE_BLOCKS];       /* of each row */
-    vf minimum[TILE_BLOCKS];     /* not for Q8_0, Q6_K */
-    vi half_scales[TILE_BLOCKS]; /* Q6_K: two i16 per lane, for the halves of the block */
+    vf scale[TILE_BLOCKS];     /* of each row */
+    vf minimum[TILE_BLOCKS];   /* not for Q8_0, Q6_K */
+    vi codes[TILE_BLOCKS][16]; /* [block][two columns] */
+    vi dot[TILE_BLOCKS];       /* instead of codes, for a token alone */
 } weight_tile;
 
-/* ---- unpacking: `n` blocks from `p`, which points at the panel's first row ------------------- */
+/* ---- unpacking --------------------------------------------------------------------------- */
 
-typedef void unpack_fn(weight_tile *tile, const uint8_t *p, size_t stride, int n);
+/* Unpacks `n` blocks from `p`, which points at the panel's first row. q is NULL or not in each
+ * instance: NULL keeps the codes; else, the activations of a token alone, they become tile->dot. */
+typedef void unpack_fn(weight_tile *tile, const uint8_t *p, size_t stride, int n, const int16_t *q);
+
+WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, const int16_t *q) {
+    if (!q) {
+        tile->codes[b][i] = codes;
+        return;
+    }
+    const vi products = vi_madd16(codes, vi_set_lanes(q + b * 32 + i * 2));
+    tile->dot[b] = i == 0 ? products : vi_keep(vi_add(tile->dot[b], products));
+}
+
+/* Four columns of a block, 4 quad to 4 quad + 3, a byte each. The even ones come first, here and in
+ * q: so they widen to i16 with no shuffle. */
+WEIGHT_INLINE void put_quad(weight_tile *tile, int b, int quad, vb bytes, const int16_t *q) {
+    put(tile, b, 2 * quad, vi_low_bytes(bytes), q);
+    put(tile, b, 2 * quad + 1, vi_high_bytes(bytes), q);
+}
+
+/* Four columns in the low halves of bytes, and four in the high halves. */
+WEIGHT_INLINE void put_nibbles(weight_tile *tile, int b_low, int quad_low, int b_high,
+                               int quad_high, vb bytes, const int16_t *q) {
+    const vi low = vi_set16(15);
+    put(tile, b_low, 2 * quad_low, vi_and(bytes, low), q);
+    put(tile, b_low, 2 * quad_low + 1, vi_and(vi_shr16(bytes, 8), low), q);
+    put(tile, b_high, 2 * quad_high, vi_and(vi_shr16(bytes, 4), low), q);
+    put(tile, b_high, 2 * quad_high + 1, vi_shr16(bytes, 12), q);
+}
+
+/* The low halves of bytes, or the high ones. */
+WEIGHT_INLINE vb nibbles_of(vb bytes, int high) {
+    const vb low = vb_set(15);
+    return high ? vb_shr(bytes, 4, low) : vb_and(bytes, low);
+}
 
 /* 16 bytes of nibbles per row: low halves are columns 0 to 15, high halves columns 16 to 31. */
-WEIGHT_INLINE void unpack_nibbles(vb codes[8], const uint8_t *p, size_t stride) {
-    const vb low = vb_set(15);
+WEIGHT_INLINE void put_4_bits(weight_tile *tile, int b, const uint8_t *p, size_t stride,
+                              const int16_t *q) {
     vb raw[4];
     vb_load_quads(raw, p, stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < 4; i++) {
-        codes[i] = vb_and(raw[i], low);
-        codes[4 + i] = vb_shr(raw[i], 4, low);
-    }
+    for (int i = 0; i < 4; i++) put_nibbles(tile, b, i, b, 4 + i, raw[i], q);
 }
 
-WEIGHT_INLINE void add_fifth_bits(vb codes[8], vi bits) {
-    vb sixteens[8];
-    vb_spread_bits(sixteens, bits);
+/* The same after 4 bytes of fifth bits. */
+WEIGHT_INLINE void put_5_bits(weight_tile *tile, int b, const uint8_t *p, size_t stride,
+                              const int16_t *q) {
+    vb raw[4], sixteens[8];
+    vb_load_quads(raw, p + 4, stride);
+    vb_spread_bits(sixteens, vi_load_rows(p, stride));
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) codes[i] = vi_or(codes[i], sixteens[i]);
+    for (int i = 0; i < 4; i++) {
+        put_quad(tile, b, i, vi_or(nibbles_of(raw[i], 0), sixteens[i]), q);
+        put_quad(tile, b, 4 + i, vi_or(nibbles_of(raw[i], 1), sixteens[4 + i]), q);
+    }
 }
 
-WEIGHT_INLINE void unpack_Q4_0(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+/* An f16 scale at p, for codes that stand for code - zero. */
+WEIGHT_INLINE void put_scale(weight_tile *tile, int b, const uint8_t *p, size_t stride, int zero) {
+    tile->scale[b] = vf_from_f16_low(vi_load_rows(p, stride));
+    tile->minimum[b] = vf_mul(tile->scale[b], vf_set((float)-zero));
+}
+
+WEIGHT_INLINE void put_scale_and_minimum(weight_tile *tile, int b, const uint8_t *p,
+                                         size_t stride) {
+    const vi pair = vi_load_rows(p, stride);
+    tile->scale[b] = vf_from_f16_low(pair);
+    tile->minimum[b] = vf_from_f16_low(vi_shr(pair, 16));
+}
+
+WEIGHT_INLINE void unpack_Q4_0(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     for (int b = 0; b < n; b++, p += 18) {
-        tile->scale[b] = vf_from_f16_low(vi_load_rows(p, stride));
-        tile->minimum[b] = vf_mul(tile->scale[b], vf_set(-8));
-        unpack_nibbles(tile->codes[b], p + 2, stride);
+        put_scale(tile, b, p, stride, 8);
+        put_4_bits(tile, b, p + 2, stride, q);
     }
 }
 
-WEIGHT_INLINE void unpack_Q4_1(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+WEIGHT_INLINE void unpack_Q4_1(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     for (int b = 0; b < n; b++, p += 20) {
-        const vi pair = vi_load_rows(p, stride);
-        tile->scale[b] = vf_from_f16_low(pair);
-        tile->minimum[b] = vf_from_f16_low(vi_shr(pair, 16));
-        unpack_nibbles(tile->codes[b], p + 4, stride);
+        put_scale_and_minimum(tile, b, p, stride);
+        put_4_bits(tile, b, p + 4, stride, q);
     }
 }
 
-WEIGHT_INLINE void unpack_Q5_0(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+WEIGHT_INLINE void unpack_Q5_0(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     for (int b = 0; b < n; b++, p += 22) {
-        tile->scale[b] = vf_from_f16_low(vi_load_rows(p, stride));
-        tile->minimum[b] = vf_mul(tile->scale[b], vf_set(-16));
-        unpack_nibbles(tile->codes[b], p + 6, stride);
-        add_fifth_bits(tile->codes[b], vi_load_rows(p + 2, stride));
+        put_scale(tile, b, p, stride, 16);
+        put_5_bits(tile, b, p + 2, stride, q);
     }
 }
 
-WEIGHT_INLINE void unpack_Q5_1(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+WEIGHT_INLINE void unpack_Q5_1(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     for (int b = 0; b < n; b++, p += 24) {
-        const vi pair = vi_load_rows(p, stride);
-        tile->scale[b] = vf_from_f16_low(pair);
-        tile->minimum[b] = vf_from_f16_low(vi_shr(pair, 16));
-        unpack_nibbles(tile->codes[b], p + 8, stride);
-        add_fifth_bits(tile->codes[b], vi_load_rows(p + 4, stride));
+        put_scale_and_minimum(tile, b, p, stride);
+        put_5_bits(tile, b, p + 4, stride, q);
     }
 }
 
-WEIGHT_INLINE void unpack_Q8_0(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+WEIGHT_INLINE void unpack_Q8_0(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     for (int b = 0; b < n; b++, p += 34) {
+        vb codes[8];
         tile->scale[b] = vf_from_f16_low(vi_load_rows(p, stride));
-        vb_load_quads(tile->codes[b], p + 2, stride);
-        vb_load_quads(tile->codes[b] + 4, p + 18, stride);
+        vb_load_quads(codes, p + 2, stride);
+        vb_load_quads(codes + 4, p + 18, stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            put(tile, b, 2 * i, vi_low_signed_bytes(codes[i]), q);
+            put(tile, b, 2 * i + 1, vi_high_signed_bytes(codes[i]), q);
+        }
     }
 }
 
@@ -114,266 +173,239 @@ WEIGHT_INLINE void unpack_scales_and_minima(weight_tile *tile, const uint8_t *p,
 }
 
 /* 32 bytes of nibbles per row: low halves are block b, high halves block b + 1. */
-WEIGHT_INLINE void unpack_nibbles_of_two(weight_tile *tile, int b, const uint8_t *p,
-                                         size_t stride) {
-    const vb low = vb_set(15);
-    vb raw[8];
-    vb_load_quads(raw, p, stride);
-    vb_load_quads(raw + 4, p + 16, stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        tile->codes[b][i] = vb_and(raw[i], low);
-        tile->codes[b + 1][i] = vb_shr(raw[i], 4, low);
-    }
-}
-
-WEIGHT_INLINE void unpack_Q4_K(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+WEIGHT_INLINE void unpack_Q4_K(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     (void)n; /* always a whole super-block */
     unpack_scales_and_minima(tile, p, stride);
 #pragma GCC unroll 8
-    for (int b = 0; b < 8; b += 2) unpack_nibbles_of_two(tile, b, p + 16 + b * 16, stride);
+    for (int b = 0; b < 8; b += 2) {
+        vb raw[8];
+        vb_load_quads(raw, p + 16 + b * 16, stride);
+        vb_load_quads(raw + 4, p + 32 + b * 16, stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) put_nibbles(tile, b, i, b + 1, i, raw[i], q);
+    }
 }
 
-WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
-    (void)n;
+/* 16 in each byte whose bit b is set. */
+WEIGHT_INLINE vb fifth_bit(vb bytes, int b) {
     const vb sixteen = vb_set(16);
-    vb fifth[8]; /* [4 columns], bit b of each byte for block b */
+    return b < 4 ? vb_shl(bytes, 4 - b, sixteen) : vb_shr(bytes, b - 4, sixteen);
+}
+
+WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
+    (void)n;
     unpack_scales_and_minima(tile, p, stride);
+    vb fifth[8]; /* [4 columns], bit b of each byte for block b */
     vb_load_quads(fifth, p + 16, stride);
     vb_load_quads(fifth + 4, p + 32, stride);
 #pragma GCC unroll 8
-    for (int b = 0; b < 8; b += 2) unpack_nibbles_of_two(tile, b, p + 48 + b * 16, stride);
+    for (int b = 0; b < 8; b += 2) {
+        vb raw[8];
+        vb_load_quads(raw, p + 48 + b * 16, stride);
+        vb_load_quads(raw + 4, p + 64 + b * 16, stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 8
-        for (int b = 0; b < 8; b++) {
-            const vb bit =
-                b < 4 ? vb_shl(fifth[i], 4 - b, sixteen) : vb_shr(fifth[i], b - 4, sixteen);
-            tile->codes[b][i] = vi_or(tile->codes[b][i], bit);
+            for (int high = 0; high < 2; high++) {
+                const vb codes = vi_or(nibbles_of(raw[i], high), fifth_bit(fifth[i], b + high));
+                put_quad(tile, b + high, i, codes, q);
+            }
         }
     }
 }
 
-WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const uint8_t *p, size_t stride, int n) {
+/* Half a block of Q6_K: codes of 0 to 63 that stand for -32 to 31, and their scale as i32. Kept
+ * codes are scaled; of a token alone the sum of products is. */
+WEIGHT_INLINE void put_scaled(weight_tile *tile, int b, int half, const vb quads[4], vi scale,
+                              const int16_t *q) {
+    const vi zero = vi_set16(32), scales = vi_low16(scale);
+    vi dot = vi_zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        const vb quad = quads[i / 2];
+        const vi codes = vi_sub16(i % 2 ? vi_high_bytes(quad) : vi_low_bytes(quad), zero);
+        if (q) {
+            const vi pair = vi_set_lanes(q + b * 32 + half * 16 + i * 2);
+            dot = vi_keep(vi_add(dot, vi_madd16(codes, pair)));
+        } else {
+            tile->codes[b][half * 8 + i] = vi_mul16(codes, scales);
+        }
+    }
+    if (!q) return;
+    const vi scaled = vi_mul(dot, scale);
+    tile->dot[b] = half == 0 ? scaled : vi_add(tile->dot[b], scaled);
+}
+
+/* Two bits of each byte, those of run 0 lowest, moved to 16 and 32. */
+WEIGHT_INLINE vb top_bits(vb bytes, int run) {
+    const vb both = vb_set(48);
+    return run < 2 ? vb_shl(bytes, 4 - 2 * run, both) : vb_shr(bytes, 2 * run - 4, both);
+}
+
+/* Four blocks, the runs of a half, share bytes of top bits, and two of them bytes of low bits: each
+ * `i` is the first or second 16 columns of four blocks. */
+WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const uint8_t *p, size_t stride, int n,
+                               const int16_t *q) {
     (void)n;
-    const vb low = vb_set(15), high = vb_set(48);
     const vf unit = vf_from_f16_low(vi_shr(vi_load_rows(p + 206, stride), 16));
     vb scales[4]; /* [2 blocks], 4 scales per lane */
     vb_load_quads(scales, p + 192, stride);
 #pragma GCC unroll 8
-    for (int b = 0; b < 8; b++) {
-        tile->scale[b] = unit;
-        tile->half_scales[b] = vi_pair_i8(scales[b / 2], b % 2);
-    }
+    for (int b = 0; b < 8; b++) tile->scale[b] = unit;
 #pragma GCC unroll 8
-    for (int half = 0; half < 2; half++) {
-        vb top[8];
-        vb_load_quads(top, p + 128 + half * 32, stride);
-        vb_load_quads(top + 4, p + 144 + half * 32, stride);
+    for (int i = 0; i < 4; i++) {
+        vb top[4];
+        vb_load_quads(top, p + 128 + i * 16, stride);
 #pragma GCC unroll 8
-        for (int run = 0; run < 2; run++) { /* blocks `run` and `run` + 2 of the half share bytes */
-            vb raw[8];
-            vb_load_quads(raw, p + half * 64 + run * 32, stride);
-            vb_load_quads(raw + 4, p + half * 64 + run * 32 + 16, stride);
-            vb *const first = tile->codes[half * 4 + run];
-            vb *const second = tile->codes[half * 4 + run + 2];
+        for (int pair = 0; pair < 2; pair++) {
+            vb raw[4], codes[4];
+            vb_load_quads(raw, p + i / 2 * 64 + pair * 32 + i % 2 * 16, stride);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-                const vb of_first = run == 0 ? vb_shl(top[i], 4, high) : vb_shl(top[i], 2, high);
-                const vb of_second = run == 0 ? vb_and(top[i], high) : vb_shr(top[i], 2, high);
-                first[i] = vi_or(vb_and(raw[i], low), of_first);
-                second[i] = vi_or(vb_shr(raw[i], 4, low), of_second);
+            for (int high = 0; high < 2; high++) {
+                const int run = pair + 2 * high, b = i / 2 * 4 + run, half = i % 2;
+#pragma GCC unroll 8
+                for (int j = 0; j < 4; j++) {
+                    codes[j] = vi_or(nibbles_of(raw[j], high), top_bits(top[j], run));
+                }
+                put_scaled(tile, b, half, codes, vi_byte(scales[b / 2], b % 2 * 2 + half), q);
             }
         }
     }
 }
 
-/* ---- dot products: a block times `n_tok` tokens, a constant in each instance ----------------- */
+/* ---- the product of quantized weights ---------------------------------------------------- */
 
-/* The activations of the first token, at the tile's first column; rows follow at their strides. */
+/* The activations of the first of some tokens, at the first column of a tile; those of the others
+ * follow, each in its row. */
 typedef struct token_cursor {
-    const int8_t *q;
-    const float *scale;
-    const int16_t *sums;
+    const int16_t *q;
+    const float *scale, *sums;
     size_t n_cols;
 } token_cursor;
 
-/* value[n_tok]: sums over block b of a tile, lanes are rows, to be multiplied by load_scale yet. */
-typedef void dot_fn(vf *value, const weight_tile *tile, int b, const token_cursor *x,
-                    const int n_tok);
-
-WEIGHT_INLINE vi load_quad(const token_cursor *x, int t, int b, int i) {
-    return vi_set_lanes(x->q + (size_t)t * x->n_cols + b * 32 + i * 4);
-}
-WEIGHT_INLINE vf load_scale(const token_cursor *x, int t, int b) {
-    return vf_set(x->scale[(size_t)t * (x->n_cols / 32) + (size_t)b]);
-}
-WEIGHT_INLINE vi load_sums(const token_cursor *x, int t, int b) {
-    return vi_set_lanes(x->sums + (size_t)t * (x->n_cols / 16) + b * 2);
+WEIGHT_INLINE token_cursor cursor_at(const token_cursor *x, size_t token, size_t block) {
+    const size_t at = token * (x->n_cols / 32) + block;
+    return (token_cursor){x->q + at * 32, x->scale + at, x->sums + at, x->n_cols};
 }
 
-/* Unsigned codes with a scale and a minimum. Pairs of products are summed in i16 over `chain` code
- * vectors, then widened. As |q| <= 127, no sum can leave i16:
- *     4 bits, chain 8:  15 * 127 * 2 * 8 = 30480
- *     5 bits, chain 4:  31 * 127 * 2 * 4 = 31496 */
-WEIGHT_INLINE void dot_affine(vf *value, const weight_tile *tile, int b, const token_cursor *x,
-                              const int n_tok, const int chain) {
-    vi dot[TILE_TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
+/* total plus block b of a tile, whose codes . q are `dot` for token t; affine: there are minima. */
+WEIGHT_INLINE vf add_block(vf total, const weight_tile *tile, int b, vi dot, const token_cursor *x,
+                           int t, const bool affine) {
+    const size_t at = (size_t)t * (x->n_cols / 32) + (size_t)b;
+    vf value = vf_mul(vf_from_vi(dot), tile->scale[b]);
+    if (affine) value = vf_fma(vf_set(x->sums[at]), tile->minimum[b], value);
+    return vf_fma(value, vf_set(x->scale[at]), total);
+}
+
+/* Adds the n blocks of a tile to sum[n_tok]; n_tok and affine are constants in each instance. */
+WEIGHT_INLINE void multiply_tile(vf *sum, const weight_tile *tile, int n, const token_cursor *x,
+                                 const int n_tok, const bool affine) {
+    vf total[TILE_TOKENS];
 #pragma GCC unroll 8
-    for (int first = 0; first < 8; first += chain) {
-        vi dot16[TILE_TOKENS];
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) dot16[t] = vi_zero();
+    for (int t = 0; t < n_tok; t++) total[t] = sum[t];
+    for (int b = 0; b < n; b++) {
+        vi dot[TILE_TOKENS];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const vi codes = tile->codes[b][i];
 #pragma GCC unroll 8
-        for (int i = first; i < first + chain; i++) {
-            const vb codes = tile->codes[b][i];
-#pragma GCC unroll 4
             for (int t = 0; t < n_tok; t++) {
-                const vi pairs = vi_madd_u8s8(codes, load_quad(x, t, b, i));
-                dot16[t] = vi_keep(vi_add16(dot16[t], pairs));
+                const int16_t *const q = x->q + (size_t)t * x->n_cols + b * 32 + i * 2;
+                const vi products = vi_madd16(codes, vi_set_lanes(q));
+                dot[t] = i == 0 ? products : vi_keep(vi_add(dot[t], products));
             }
         }
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) dot[t] = vi_add(dot[t], vi_widen16(dot16[t]));
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) {
-        const vf sum_q = vf_from_vi(vi_widen16(load_sums(x, t, b)));
-        const vf scaled = vf_mul(vf_from_vi(dot[t]), tile->scale[b]);
-        value[t] = vf_fma(sum_q, tile->minimum[b], scaled);
-    }
-}
-
-WEIGHT_INLINE void dot_4_bits(vf *value, const weight_tile *tile, int b, const token_cursor *x,
-                              const int n_tok) {
-    dot_affine(value, tile, b, x, n_tok, 8);
-}
-WEIGHT_INLINE void dot_5_bits(vf *value, const weight_tile *tile, int b, const token_cursor *x,
-                              const int n_tok) {
-    dot_affine(value, tile, b, x, n_tok, 4);
-}
-
-/* Signed codes: w * q as |w| * (q with the sign of w). A pair of products, widened at once, is at
- * most 128 * 127 * 2 = 32512: inside i16. */
-WEIGHT_INLINE void dot_signed(vf *value, const weight_tile *tile, int b, const token_cursor *x,
-                              const int n_tok) {
-    vi dot[TILE_TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        const vb codes = tile->codes[b][i], magnitude = vb_abs(codes);
-#pragma GCC unroll 4
         for (int t = 0; t < n_tok; t++) {
-            const vb q = vb_sign(load_quad(x, t, b, i), codes);
-            dot[t] = vi_keep(vi_dot4_u8s8(dot[t], magnitude, q));
+            total[t] = add_block(total[t], tile, b, dot[t], x, t, affine);
         }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) value[t] = vf_mul(vf_from_vi(dot[t]), tile->scale[b]);
-}
-
-/* Q6_K: codes of 0 to 63 that stand for -32 to 31, and an integer scale for each half of a block.
- * Pairs of two code vectors fit i16, 63 * 127 * 2 * 2 = 32004; the scale is multiplied in as they
- * are widened. The integer of a block, the sum of scale * (code - 32) * q, is at most
- * 128 * 32 * 127 * 32 < 2^24: exact in f32. */
-WEIGHT_INLINE void dot_Q6_K(vf *value, const weight_tile *tile, int b, const token_cursor *x,
-                            const int n_tok) {
-    const vi half_scales = tile->half_scales[b];
-    vi dot[TILE_TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) dot[t] = vi_zero();
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        const vi scale = i < 4 ? vi_low16(half_scales) : vi_high16(half_scales);
-        const vb codes = tile->codes[b][i], next = tile->codes[b][i + 1];
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) {
-            const vi dot16 = vi_add16(vi_madd_u8s8(codes, load_quad(x, t, b, i)),
-                                      vi_madd_u8s8(next, load_quad(x, t, b, i + 1)));
-            dot[t] = vi_keep(vi_add(dot[t], vi_madd16(dot16, scale)));
-        }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) {
-        const vi zero_point = vi_shl(vi_madd16(load_sums(x, t, b), half_scales), 5);
-        value[t] = vf_mul(vf_from_vi(vi_sub(dot[t], zero_point)), tile->scale[b]);
-    }
-}
-
-/* ---- the product of quantized weights -------------------------------------------------------- */
-
-/* Adds the n blocks of a tile to sum[n_tok], n_tok constant, or starts it with them. */
-WEIGHT_INLINE void multiply_tile(vf *sum, bool start, const weight_tile *tile, int n,
-                                 const token_cursor *x, const int n_tok, dot_fn *dot) {
-    vf total[TILE_TOKENS], value[TILE_TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < n_tok; t++) total[t] = start ? vf_zero() : sum[t];
-    for (int b = 0; b < n; b++) {
-        dot(value, tile, b, x, n_tok);
-#pragma GCC unroll 4
-        for (int t = 0; t < n_tok; t++) total[t] = vf_fma(value[t], load_scale(x, t, b), total[t]);
-    }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int t = 0; t < n_tok; t++) sum[t] = total[t];
 }
 
-/* sum[n_tok], lanes are rows: the whole of a panel for a chunk of tokens. Meanwhile the next panel,
- * `ahead` unless NULL, is fetched in the order of memory: eight short streams, a row each, are more
- * than the hardware's prefetchers follow. */
-WEIGHT_INLINE void multiply_panel(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,
-                                  token_cursor x, int n_tok, size_t bytes_tile, unpack_fn *unpack,
-                                  dot_fn *dot) {
-    weight_tile tile;
-    size_t n_blocks = x.n_cols / 32;
-    bool start = true;
-    while (n_blocks > 0) {
-        const int n = n_blocks < TILE_BLOCKS ? (int)n_blocks : TILE_BLOCKS;
-        if (ahead) {
-            for (size_t i = 0; i < bytes_tile * VF_LANES; i += 64) prefetch_line(ahead + i);
-            ahead += bytes_tile * VF_LANES;
-        }
-        unpack(&tile, w, stride, n);
-        token_cursor at = x;
-        for (int t = 0; t < n_tok;) {
-            const int group = n_tok - t < TILE_TOKENS ? 1 : TILE_TOKENS;
-            if (group == 1) {
-                multiply_tile(sum + t, start, &tile, n, &at, 1, dot);
-            } else {
-                multiply_tile(sum + t, start, &tile, n, &at, TILE_TOKENS, dot);
-            }
-            at.q += (size_t)group * x.n_cols;
-            at.scale += (size_t)group * (x.n_cols / 32);
-            at.sums += (size_t)group * (x.n_cols / 16);
-            t += group;
-        }
-        start = false;
-        w += bytes_tile;
-        x.q += n * 32;
-        x.scale += n;
-        x.sums += n * 2;
-        n_blocks -= (size_t)n;
+/* The same for the first of n_tok tokens, as many as have an instance; returns their number. */
+static int multiply_tile_some(vf *sum, const weight_tile *tile, int n, const token_cursor *x,
+                              int n_tok, bool affine) {
+#define INSTANCE(N_TOK)                                                                            \
+    if (n_tok >= (N_TOK)) {                                                                        \
+        if (affine)                                                                                \
+            multiply_tile(sum, tile, n, x, N_TOK, true);                                           \
+        else                                                                                       \
+            multiply_tile(sum, tile, n, x, N_TOK, false);                                          \
+        return N_TOK;                                                                              \
     }
+    INSTANCE(TILE_TOKENS)
+    INSTANCE(4)
+    INSTANCE(2)
+    INSTANCE(1)
+#undef INSTANCE
+    return 0;
+}
+
+/* A panel for a chunk of tokens: sum[n_tok], lanes are rows. `ahead` is the next panel or NULL. */
+typedef void panel_fn(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,
+                      token_cursor x, int n_tok);
+
+/* Fetches the next panel in the order of memory while one is multiplied: eight short streams, a row
+ * each, are more than the hardware's prefetchers follow. */
+WEIGHT_INLINE const uint8_t *fetch(const uint8_t *ahead, size_t bytes) {
+    if (!ahead) return NULL;
+    for (size_t i = 0; i < bytes; i += 64) prefetch_line(ahead + i);
+    return ahead + bytes;
 }
 
 /* bytes_tile: of TILE_BLOCKS blocks of a row. */
-WEIGHT_INLINE void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
-                            const kvq_activations *x, size_t bytes_tile, unpack_fn *unpack,
-                            dot_fn *dot) {
-    const size_t n_blocks = x->n_cols / 32, stride = n_blocks * bytes_tile / TILE_BLOCKS;
+WEIGHT_INLINE void multiply_panel(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,
+                                  token_cursor x, int n_tok, size_t bytes_tile, unpack_fn *unpack,
+                                  const bool affine) {
+    const size_t n_blocks = x.n_cols / 32;
+    weight_tile tile;
+    for (int t = 0; t < n_tok; t++) sum[t] = vf_zero();
+    for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, w += bytes_tile) {
+        const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
+        ahead = fetch(ahead, bytes_tile * VF_LANES);
+        unpack(&tile, w, stride, n, NULL);
+        for (int t = 0; t < n_tok;) {
+            const token_cursor at = cursor_at(&x, (size_t)t, b);
+            t += multiply_tile_some(sum + t, &tile, n, &at, n_tok - t, affine);
+        }
+    }
+}
+
+/* The same for one token. */
+WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride,
+                                        const uint8_t *ahead, token_cursor x, size_t bytes_tile,
+                                        unpack_fn *unpack, const bool affine) {
+    const size_t n_blocks = x.n_cols / 32;
+    weight_tile tile;
+    vf total = vf_zero();
+    for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, w += bytes_tile) {
+        const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
+        const token_cursor at = cursor_at(&x, 0, b);
+        ahead = fetch(ahead, bytes_tile * VF_LANES);
+        unpack(&tile, w, stride, n, at.q);
+        for (int i = 0; i < n; i++) total = add_block(total, &tile, i, tile.dot[i], &at, 0, affine);
+    }
+    *sum = total;
+}
+
+static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
+                     const kvq_activations *x, size_t stride, panel_fn *alone, panel_fn *together) {
+    const token_cursor first_token = {x->q, x->scale, x->sums, x->n_cols};
     vf sum[CHUNK_TOKENS];
 
     for (size_t first = 0; first < x->n_tok; first += CHUNK_TOKENS) {
         const size_t left = x->n_tok - first;
         const int n_tok = left < CHUNK_TOKENS ? (int)left : CHUNK_TOKENS;
+        panel_fn *const panel = n_tok == 1 ? alone : together;
         float *const out = y + first * y_stride;
-        const token_cursor at = {x->q + first * x->n_cols, x->scale + first * n_blocks,
-                                 x->sums + first * n_blocks * 2, x->n_cols};
+        const token_cursor at = cursor_at(&first_token, first, 0);
         if (n_rows < VF_LANES) { /* one row in all lanes: a panel must not read past the last row */
             for (size_t r = 0; r < n_rows; r++) {
-                multiply_panel(sum, w + r * stride, 0, NULL, at, n_tok, bytes_tile, unpack, dot);
+                panel(sum, w + r * stride, 0, NULL, at, n_tok);
                 for (int t = 0; t < n_tok; t++) out[(size_t)t * y_stride + r] = vf_first(sum[t]);
             }
             continue;
@@ -383,29 +415,39 @@ WEIGHT_INLINE void multiply(float *y, size_t y_stride, const uint8_t *w, size_t 
             const size_t row = r + VF_LANES <= n_rows ? r : n_rows - VF_LANES;
             const uint8_t *const ahead =
                 row + 2 * VF_LANES <= n_rows ? w + (row + VF_LANES) * stride : NULL;
-            multiply_panel(sum, w + row * stride, stride, ahead, at, n_tok, bytes_tile, unpack,
-                           dot);
+            panel(sum, w + row * stride, stride, ahead, at, n_tok);
             for (int t = 0; t < n_tok; t++) vf_store(out + (size_t)t * y_stride + row, sum[t]);
         }
     }
 }
 
-#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, DOT)                                                   \
+/* Two functions for the panel: in one, gcc would hoist what the two unpackings have in common. */
+#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, AFFINE)                                                \
+    static void together_##NAME(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,    \
+                                token_cursor x, int n_tok) {                                       \
+        multiply_panel(sum, w, stride, ahead, x, n_tok, BYTES_TILE, unpack_##NAME, AFFINE);        \
+    }                                                                                              \
+    static void alone_##NAME(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,       \
+                             token_cursor x, int n_tok) {                                          \
+        (void)n_tok;                                                                               \
+        multiply_panel_alone(sum, w, stride, ahead, x, BYTES_TILE, unpack_##NAME, AFFINE);         \
+    }                                                                                              \
     static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
                               const kvq_activations *x) {                                          \
-        multiply(y, y_stride, w, n_rows, x, BYTES_TILE, unpack_##NAME, DOT);                       \
+        const size_t stride = x->n_cols / 32 * (BYTES_TILE) / TILE_BLOCKS;                         \
+        multiply(y, y_stride, w, n_rows, x, stride, alone_##NAME, together_##NAME);                \
     }
-QUANTIZED_PRODUCT(Q4_0, 18 * 8, dot_4_bits)
-QUANTIZED_PRODUCT(Q4_1, 20 * 8, dot_4_bits)
-QUANTIZED_PRODUCT(Q5_0, 22 * 8, dot_5_bits)
-QUANTIZED_PRODUCT(Q5_1, 24 * 8, dot_5_bits)
-QUANTIZED_PRODUCT(Q8_0, 34 * 8, dot_signed)
-QUANTIZED_PRODUCT(Q4_K, 144, dot_4_bits)
-QUANTIZED_PRODUCT(Q5_K, 176, dot_5_bits)
-QUANTIZED_PRODUCT(Q6_K, 210, dot_Q6_K)
+QUANTIZED_PRODUCT(Q4_0, 18 * 8, true)
+QUANTIZED_PRODUCT(Q4_1, 20 * 8, true)
+QUANTIZED_PRODUCT(Q5_0, 22 * 8, true)
+QUANTIZED_PRODUCT(Q5_1, 24 * 8, true)
+QUANTIZED_PRODUCT(Q8_0, 34 * 8, false)
+QUANTIZED_PRODUCT(Q4_K, 144, true)
+QUANTIZED_PRODUCT(Q5_K, 176, true)
+QUANTIZED_PRODUCT(Q6_K, 210, false)
 #undef QUANTIZED_PRODUCT
 
-/* ---- the product of float weights ------------------------------------------------------------ */
+/* ---- the product of float weights -------------------------------------------------------- */
 
 #define FLOAT_ROWS 4   /* of one token: chains enough to hide the latency of fma */
 #define FLOAT_TOKENS 4 /* of two rows */
@@ -500,21 +542,19 @@ FLOAT_PRODUCT(F16, 2)
 FLOAT_PRODUCT(BF16, 2)
 #undef FLOAT_PRODUCT
 
-/* ---- activations ----------------------------------------------------------------------------- */
+/* ---- activations ------------------------------------------------------------------------- */
 
-/* scale = the largest magnitude of 32 columns / 127, and q = x / scale to the nearest integer, ties
- * to even. Where the scale would be subnormal (magnitudes below 1.5e-36) the block is zero: its
- * inverse overflows. An infinity or NaN makes the scale one, and so every product with it infinite
- * or NaN. */
+/* scale = the largest magnitude of 32 columns / KVQ_ACTIVATION_MAX, and q = x / scale to the
+ * nearest integer, ties to even. Where the scale would be subnormal (magnitudes below 2e-34) the
+ * block is zero: its inverse overflows. An infinity or NaN makes the scale one, and so every
+ * product with it infinite or NaN. */
 static void quantize(kvq_activations *x, size_t first, size_t n) {
     const size_t n_blocks = x->n_cols / 32;
     for (size_t b = first * n_blocks; b < (first + n) * n_blocks; b++) {
         const float *const columns = x->x + b * 32;
-        const float scale = vf_abs_max32(columns) / 127.0f;
+        const float scale = vf_abs_max32(columns) / KVQ_ACTIVATION_MAX;
         const bool zero = scale < 0x1p-126f;
         x->scale[b] = zero ? 0.0f : scale;
-        const vb q = vb_from_scaled_f32(columns, zero ? 0.0f : 1.0f / scale);
-        vb_store(x->q + b * 32, q);
-        vb_sum_halves(x->sums + b * 2, q);
+        x->sums[b] = vf_quantize32(x->q + b * 32, columns, zero ? 0.0f : 1.0f / scale);
     }
 }

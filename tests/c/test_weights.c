@@ -6,7 +6,7 @@
 #include "isa/isa.h"
 #include "test.h"
 
-/* ---- frozen vectors -------------------------------------------------------------------------- */
+/* ---- frozen vectors ---------------------------------------------------------------------- */
 
 /* The bytes of vectors/weights.bin; NULL if it cannot be read. The directory of the tests is
  * `tests` from the root of the repository, or what KVQ_TEST_DIR names. */
@@ -105,7 +105,7 @@ static const char *test_values(void) {
     return broken;
 }
 
-/* ---- a product and its operands -------------------------------------------------------------- */
+/* ---- a product and its operands ---------------------------------------------------------- */
 
 /* Memory whose end is the end of what may be touched: the next byte faults, whatever the build. */
 typedef struct guarded {
@@ -140,15 +140,15 @@ static operands make_operands(kvq_weight_kind kind, size_t n_rows, size_t n_tok,
     operands o = {.kind = kind, .n_rows = n_rows};
     o.w = guard(n_rows * n_cols / format->block * format->bytes);
     o.columns = guard(n_tok * n_cols * sizeof(float));
-    o.q = guard(n_tok * n_cols);
+    o.q = guard(n_tok * n_cols * sizeof(int16_t));
     o.scale = guard(n_tok * (n_cols / 32) * sizeof(float));
-    o.sums = guard(n_tok * (n_cols / 16) * sizeof(int16_t));
+    o.sums = guard(n_tok * (n_cols / 32) * sizeof(float));
     o.x = (kvq_activations){.x = (float *)(void *)o.columns.data,
                             .n_tok = n_tok,
                             .n_cols = n_cols,
-                            .q = (int8_t *)o.q.data,
+                            .q = (int16_t *)(void *)o.q.data,
                             .scale = (float *)(void *)o.scale.data,
-                            .sums = (int16_t *)(void *)o.sums.data};
+                            .sums = (float *)(void *)o.sums.data};
     return o;
 }
 
@@ -162,19 +162,19 @@ static float *columns_of(operands *o) { return (float *)(void *)o->columns.data;
 static bool is_float(kvq_weight_kind kind) { return kvq_weight_formats[kind].block == 1; }
 
 /* Where the f16 of a block stand, and the largest normalized mean square error that rounding the
- * activations to 8 bits may cause: a step is 1/127 of the largest of 32, about 1/60 of a standard
- * deviation; its square over 12 is 2.3e-5. Float formats keep the activations; their own sum is
- * f32. */
+ * activations to 15 bits may cause: a step is 1/16383 of the largest of 32, about 1/7500 of a
+ * standard deviation; its square over 12 is 1.5e-9. Float formats keep the activations; their own
+ * sum is f32. */
 static const struct {
     int halves[2]; /* -1: none */
     double nmse;
 } properties[KVQ_WEIGHT_KINDS] = {
     [KVQ_WEIGHT_F32] = {{-1, -1}, 1e-12},  [KVQ_WEIGHT_F16] = {{-1, -1}, 1e-12},
-    [KVQ_WEIGHT_BF16] = {{-1, -1}, 1e-12}, [KVQ_WEIGHT_Q4_0] = {{0, -1}, 5e-5},
-    [KVQ_WEIGHT_Q4_1] = {{0, 2}, 5e-5},    [KVQ_WEIGHT_Q5_0] = {{0, -1}, 5e-5},
-    [KVQ_WEIGHT_Q5_1] = {{0, 2}, 5e-5},    [KVQ_WEIGHT_Q8_0] = {{0, -1}, 5e-5},
-    [KVQ_WEIGHT_Q4_K] = {{0, 2}, 5e-5},    [KVQ_WEIGHT_Q5_K] = {{0, 2}, 5e-5},
-    [KVQ_WEIGHT_Q6_K] = {{208, -1}, 5e-5},
+    [KVQ_WEIGHT_BF16] = {{-1, -1}, 1e-12}, [KVQ_WEIGHT_Q4_0] = {{0, -1}, 3e-9},
+    [KVQ_WEIGHT_Q4_1] = {{0, 2}, 3e-9},    [KVQ_WEIGHT_Q5_0] = {{0, -1}, 3e-9},
+    [KVQ_WEIGHT_Q5_1] = {{0, 2}, 3e-9},    [KVQ_WEIGHT_Q8_0] = {{0, -1}, 3e-9},
+    [KVQ_WEIGHT_Q4_K] = {{0, 2}, 3e-9},    [KVQ_WEIGHT_Q5_K] = {{0, 2}, 3e-9},
+    [KVQ_WEIGHT_Q6_K] = {{208, -1}, 3e-9},
 };
 
 static void store_u16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
@@ -257,12 +257,18 @@ static const char *check_product(const operands *o, const float *y, size_t y_str
     return NULL;
 }
 
+/* The quantized activation i, of n_tok * n_cols. */
+static int quantized(const kvq_activations *x, size_t i) {
+    static const size_t place[4] = {0, 2, 1, 3};
+    return x->q[i / 4 * 4 + place[i % 4]];
+}
+
 /* The activations as a product sees them: f32 [n_tok][n_cols], to be freed. */
 static float *seen_by_product(const operands *o) {
     const size_t n = o->x.n_tok * o->x.n_cols;
     float *const x = malloc(n * sizeof *x);
     for (size_t i = 0; x && i < n; i++) {
-        x[i] = is_float(o->kind) ? o->x.x[i] : o->x.scale[i / 32] * (float)o->x.q[i];
+        x[i] = is_float(o->kind) ? o->x.x[i] : o->x.scale[i / 32] * (float)quantized(&o->x, i);
     }
     return x;
 }
@@ -278,7 +284,7 @@ static const char *multiply(const kvq_isa *isa, const operands *o, float *y, siz
     return NULL;
 }
 
-/* ---- products -------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------- */
 
 /* Calls `check` for every instruction set that has a product for the kind. */
 static const char *each_product(const char *(*check)(const kvq_isa *isa, kvq_weight_kind kind)) {
@@ -338,7 +344,8 @@ static const char *check_against_reference(const kvq_isa *isa, kvq_weight_kind k
 
 static const char *test_against_reference(void) { return each_product(check_against_reference); }
 
-/* The largest codes times the largest activations: an i16 sum that saturates would show. */
+/* The largest codes times the largest activations: an integer that overflows would show. Of Q6_K
+ * those are codes of -32 with scales of -128, which is no pattern of equal bytes. */
 static const char *check_extremes(const kvq_isa *isa, kvq_weight_kind kind) {
     static const int patterns[] = {0x00, 0x0f, 0x7f, 0x80, 0x81, 0xf0, 0xff};
     unsigned long long random = 1;
@@ -346,9 +353,14 @@ static const char *check_extremes(const kvq_isa *isa, kvq_weight_kind kind) {
     if (is_float(kind)) return NULL;
     for (size_t p = 0; p < sizeof patterns / sizeof *patterns && !broken; p++) {
         operands o = make_operands(kind, 8, 3, 512);
-        float y[3 * 8];
+        float y[3 * 8], alone[8];
         fill_weights(&o, patterns[p], &random);
-        for (size_t c = 0; c < 512; c++) { /* all 127, all -127, both in turn */
+        if (kind == KVQ_WEIGHT_Q6_K && patterns[p] == 0) {
+            for (size_t block = 0; block < 8 * 512 / 256; block++) {
+                memset(o.w.data + block * 210 + 192, 0x80, 16);
+            }
+        }
+        for (size_t c = 0; c < 512; c++) { /* all the largest, all the lowest, both in turn */
             columns_of(&o)[c] = 1;
             columns_of(&o)[512 + c] = -1;
             columns_of(&o)[1024 + c] = c & 1 ? 1 : -1;
@@ -357,6 +369,9 @@ static const char *check_extremes(const kvq_isa *isa, kvq_weight_kind kind) {
         float *const seen = seen_by_product(&o);
         broken = multiply(isa, &o, y, 8);
         if (!broken) broken = check_product(&o, y, 8, seen);
+        o.x.n_tok = 1;
+        if (!broken) broken = multiply(isa, &o, alone, 8);
+        if (!broken) broken = check_product(&o, alone, 8, seen);
         free(seen);
         release(&o);
     }
@@ -412,36 +427,34 @@ static const char *check_company(const kvq_isa *isa, kvq_weight_kind kind) {
 
 static const char *test_company(void) { return each_product(check_company); }
 
-/* ---- activations ----------------------------------------------------------------------------- */
+/* ---- activations ------------------------------------------------------------------------- */
 
 static const char *check_quantize(const kvq_isa *isa, const float x[32], bool zero) {
-    int8_t q[32];
-    int16_t sums[2];
-    float scale, largest = 0;
-    kvq_activations a = {.x = x, .n_tok = 1, .n_cols = 32, .q = q, .scale = &scale, .sums = sums};
+    int16_t q[32];
+    float scale, sum, largest = 0;
+    kvq_activations a = {.x = x, .n_tok = 1, .n_cols = 32, .q = q, .scale = &scale, .sums = &sum};
     isa->quantize(&a, 0, 1);
     for (int c = 0; c < 32; c++) largest = fmaxf(largest, fabsf(x[c]));
-    if (scale != (zero ? 0.0f : largest / 127)) {
+    if (scale != (zero ? 0.0f : largest / KVQ_ACTIVATION_MAX)) {
         return TEST_FAIL("scale of magnitudes up to %g is %g", (double)largest, (double)scale);
     }
-    for (int c = 0; c < 32; c++) {
-        /* half a step, and a rounding of x / scale at a magnitude below 128 */
-        const double error = fabs((double)q[c] * (double)scale - (double)x[c]);
-        const double bound = zero ? 1.5e-36 : (0.5 + 3e-5) * (double)scale;
-        if (q[c] == -128 || (zero && q[c] != 0) || error > bound) {
-            return TEST_FAIL("%g in steps of %g is %d", (double)x[c], (double)scale, q[c]);
+    int sum_q = 0;
+    for (size_t c = 0; c < 32; c++) {
+        const int code = quantized(&a, c);
+        /* half a step, and two roundings of x / scale, 2^-24 each of a magnitude below 2^14 */
+        const double error = fabs((double)code * (double)scale - (double)x[c]);
+        const double bound = zero ? 2e-34 : (0.5 + 0.002) * (double)scale;
+        if (abs(code) > KVQ_ACTIVATION_MAX || (zero && code != 0) || error > bound) {
+            return TEST_FAIL("%g in steps of %g is %d", (double)x[c], (double)scale, code);
         }
+        sum_q += code;
     }
-    for (int half = 0; half < 2; half++) {
-        int sum = 0;
-        for (int c = 0; c < 16; c++) sum += q[half * 16 + c];
-        TEST_CHECK(sums[half] == sum);
-    }
+    TEST_CHECK(sum == (float)sum_q);
     return NULL;
 }
 
 static const char *test_quantize(void) {
-    static const float magnitudes[] = {1, 1e-30f, 2e-36f, 1e-36f, 1e-40f, 0, 1e30f, 3.4e38f};
+    static const float magnitudes[] = {1, 1e-30f, 2e-34f, 1.9e-34f, 1e-40f, 0, 1e30f, 3.4e38f};
     unsigned long long random = 3;
     for (const kvq_isa *const *isa = fast_sets(); *isa; isa++) {
         for (size_t i = 0; i < 8 * 20; i++) {
@@ -449,17 +462,18 @@ static const char *test_quantize(void) {
             float x[32];
             for (int c = 0; c < 32; c++) x[c] = magnitude * test_uniform(&random);
             x[i % 32] = -magnitude;
-            const char *const broken = check_quantize(*isa, x, magnitude < 1.4e-36f);
+            const char *const broken = check_quantize(*isa, x, magnitude < 1.95e-34f);
             if (broken) return broken;
         }
-        const float halves[32] = {127, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, -127}; /* scale 1 */
-        int8_t q[32];
-        int16_t sums[2];
-        float scale;
+        /* scale 1, ties to even */
+        static const float x[32] = {16383, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, -16383};
+        static const int expected[8] = {16383, 0, 2, 2, 0, -2, -2, -16383};
+        int16_t q[32];
+        float scale, sum;
         kvq_activations a = {
-            .x = halves, .n_tok = 1, .n_cols = 32, .q = q, .scale = &scale, .sums = sums};
+            .x = x, .n_tok = 1, .n_cols = 32, .q = q, .scale = &scale, .sums = &sum};
         (*isa)->quantize(&a, 0, 1);
-        TEST_CHECK(q[1] == 0 && q[2] == 2 && q[3] == 2 && q[4] == 0 && q[5] == -2 && q[6] == -2);
+        for (size_t c = 0; c < 8; c++) TEST_CHECK(quantized(&a, c) == expected[c]);
     }
     return NULL;
 }
@@ -495,7 +509,7 @@ const kvq_test tests_weights[] = {
     {"weights: dequantizers give the values of gguf, bit for bit", test_values},
     {"weights: the reference product sums rows by columns", test_reference},
     {"weights: products match the reference", test_against_reference},
-    {"weights: the largest codes and activations do not saturate", test_extremes},
+    {"weights: the largest codes and activations do not overflow", test_extremes},
     {"weights: company and address change no bit, and nothing past the operands is read",
      test_company},
     {"weights: quantized activations are the nearest, at any magnitude", test_quantize},
