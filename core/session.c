@@ -219,8 +219,19 @@ void kvq_session_close(kvq_session *session) {
 static int held(const kvq_session *s) { return s->forward.rings[0].n; }
 
 static void truncate_all(kvq_session *s, int n) {
-    for (uint32_t l = 0; l < s->model->config.n_layers; l++)
+    for (uint32_t l = 0; l < s->model->config.n_layers; l++) {
         kvq_ring_truncate(&s->forward.rings[l], n);
+    }
+}
+
+/* After a pass that stopped between layers: the first ones hold its tokens and have perhaps sealed
+ * a block that the others still have as rows. All go back to n tokens, and to the same sealed
+ * blocks. */
+static void undo_pass(kvq_session *s, int n) {
+    truncate_all(s, n);
+    for (uint32_t l = 1; l < s->model->config.n_layers; l++) {
+        kvq_ring_seal(&s->forward.rings[l], s->forward.rings[0].n_sealed);
+    }
 }
 
 static double seconds_now(void) {
@@ -258,6 +269,7 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
                         "Logits were asked for, but there is no place to put them.");
     }
     const double start = seconds_now();
+    atomic_store(&session->cancelled, 0); /* a cancellation of what ran before is over */
     kvq_pass pass = {.which = which,
                      .cancelled = &session->cancelled,
                      .progress = progress,
@@ -276,13 +288,12 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
         }
         if (kvq_forward_run(&session->forward, &pass)) {
             session->n_evaluated += (uint64_t)pass.n;
-        } else { /* some layers are a pass ahead of others */
-            truncate_all(session, before);
+        } else {
+            undo_pass(session, before);
             status = kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.",
                               done, n);
         }
     }
-    atomic_store(&session->cancelled, 0);
     session->seconds_evaluated += seconds_now() - start;
     return status;
 }

@@ -38,6 +38,13 @@ static bool seals(const kvq_ring *ring, int i, int n_sealed) {
     return i + 1 - n_sealed * KVQ_BLOCK >= ring->window + KVQ_BLOCK;
 }
 
+/* recent_rows is a multiple of the block, so a block's rows lie side by side. */
+static void seal(const kvq_ring *ring, int head, int side, int block) {
+    kvq_codecs[ring->codec[side]].encode(kvq_ring_block(ring, head, side, block),
+                                         kvq_ring_recent(ring, head, side, block * KVQ_BLOCK),
+                                         ring->d);
+}
+
 void kvq_ring_append(const kvq_ring *ring, int head, int side, const uint16_t *rows, int n) {
     const size_t row_bytes = (size_t)ring->d * 2;
     int n_sealed = ring->n_sealed;
@@ -48,13 +55,7 @@ void kvq_ring_append(const kvq_ring *ring, int head, int side, const uint16_t *r
             continue;
         }
         memcpy(kvq_ring_recent(ring, head, side, i), rows, row_bytes);
-        if (seals(ring, i, n_sealed)) {
-            /* recent_rows is a multiple of the block, so a block's rows lie side by side. */
-            kvq_codecs[ring->codec[side]].encode(
-                kvq_ring_block(ring, head, side, n_sealed),
-                kvq_ring_recent(ring, head, side, n_sealed * KVQ_BLOCK), ring->d);
-            n_sealed++;
-        }
+        if (seals(ring, i, n_sealed)) seal(ring, head, side, n_sealed++);
     }
 }
 
@@ -62,6 +63,14 @@ void kvq_ring_advance(kvq_ring *ring, int n) {
     for (int t = 0; t < n; t++) {
         const int i = ring->n++ - ring->sinks;
         if (i >= 0 && seals(ring, i, ring->n_sealed)) ring->n_sealed++;
+    }
+}
+
+void kvq_ring_seal(kvq_ring *ring, int n_sealed) {
+    for (; ring->n_sealed < n_sealed; ring->n_sealed++) {
+        for (int head = 0; head < ring->n_heads; head++) {
+            for (int side = 0; side < KVQ_SIDES; side++) seal(ring, head, side, ring->n_sealed);
+        }
     }
 }
 

@@ -55,6 +55,10 @@ int kvq_ring_until_seal(const kvq_ring *ring);
  */
 void kvq_ring_truncate(kvq_ring *ring, int n);
 
+/* Seals the oldest recent rows, early if need be, until n_sealed blocks are sealed. The rows must
+ * be held. */
+void kvq_ring_seal(kvq_ring *ring, int n_sealed);
+
 static inline uint8_t *kvq_ring_block(const kvq_ring *ring, int head, int side, int block) {
     return ring->sealed[side] +
            ((size_t)head * (size_t)ring->max_blocks + (size_t)block) * ring->block_bytes[side];
