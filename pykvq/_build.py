@@ -1,7 +1,7 @@
 """Builds `pykvq._native`, the cffi module around the C core (out-of-line API mode, abi3).
 
-The declarations are the marked part of core/kvq.h, so they stand in one place only. The core itself is
-the static library that the Makefile makes.
+The declarations are the marked part of core/kvq.h, so they stand in one place only. The core itself
+is the static library that the Makefile makes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ BUILD = Path(os.environ.get("BUILD", "build"))
 
 
 def declarations() -> str:
-    """The part of core/kvq.h between the cffi marks, plus the callback that Python implements."""
+    """The part of core/kvq.h between the cffi marks."""
     header = (ROOT / "core" / "kvq.h").read_text()
     marked = re.search(r"/\* \[cffi-begin\] \*/(.*)/\* \[cffi-end\] \*/", header, re.DOTALL)
     if marked is None:
         raise RuntimeError("core/kvq.h has lost its cffi marks")
-    callback = 'extern "Python" int32_t pykvq_progress(void *, int32_t, int32_t);'
-    return marked.group(1) + callback
+    return marked.group(1)
 
 
 def build_core() -> str:

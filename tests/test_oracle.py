@@ -62,7 +62,9 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def test_logits_are_llama_cpps(model_path: Path) -> None:
-    theirs = llama_cpp.Llama(str(model_path), n_ctx=256, logits_all=True, verbose=False, n_threads=2)
+    theirs = llama_cpp.Llama(
+        str(model_path), n_ctx=256, logits_all=True, verbose=False, n_threads=2
+    )
     theirs.eval(TOKENS.tolist())
     expected = log_softmax(theirs.scores[: len(TOKENS)])
     with Model(model_path, kv="f16", n_ctx=256) as model, model.session() as session:

@@ -1,0 +1,82 @@
+"""Run GGUF language models with a KV cache below 2 bits.
+
+    from pykvq import Model
+
+    with Model("smollm2", kv="skvq") as model, model.session() as session:
+        print(session.generate("Once upon a time", max_tokens=50).text)
+
+Importing the package is quick: everything is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pykvq.errors import (
+        Cancelled,
+        ChatTemplateError,
+        ContextError,
+        DownloadError,
+        KvqError,
+        MemoryLimitError,
+        ModelError,
+        SchemeError,
+        TokenizerError,
+        UnsupportedError,
+    )
+    from pykvq.generation import Chunk, Generation, Stream
+    from pykvq.model import Model, ModelInfo
+    from pykvq.native import Scheme, SessionStats, schemes
+    from pykvq.sampling_params import SamplingParams
+    from pykvq.session import Session
+
+    __version__: str
+
+__all__ = [
+    "Cancelled",
+    "ChatTemplateError",
+    "Chunk",
+    "ContextError",
+    "DownloadError",
+    "Generation",
+    "KvqError",
+    "MemoryLimitError",
+    "Model",
+    "ModelError",
+    "ModelInfo",
+    "SamplingParams",
+    "Scheme",
+    "SchemeError",
+    "Session",
+    "SessionStats",
+    "Stream",
+    "TokenizerError",
+    "UnsupportedError",
+    "__version__",
+    "schemes",
+]
+
+_HOMES = {
+    "generation": ("Chunk", "Generation", "Stream"),
+    "model": ("Model", "ModelInfo"),
+    "native": ("Scheme", "SessionStats", "schemes"),
+    "sampling_params": ("SamplingParams",),
+    "session": ("Session",),
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name == "__version__":
+        return import_module("pykvq.native").version()
+    if name not in __all__:
+        raise AttributeError(f"module 'pykvq' has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "errors")
+    value = globals()[name] = getattr(import_module(f"pykvq.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

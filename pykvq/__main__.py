@@ -1,0 +1,7 @@
+"""`python -m pykvq`: the same as the command `pykvq`."""
+
+import sys
+
+from pykvq.cli import main
+
+sys.exit(main())

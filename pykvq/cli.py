@@ -1,0 +1,205 @@
+"""The command `pykvq`: reads the command line and hands over to the module of the command.
+
+Every error that a user can cause ends in one sentence on stderr and exit status 2, Ctrl-C in 130.
+Modules of commands are loaded when they are needed, so that the first token comes early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pykvq import cli_options as options
+from pykvq.console import UsageError, fail, warn
+from pykvq.errors import KvqError
+
+#: Exit statuses: an error the user can mend; Ctrl-C; the reader of stdout has gone.
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}; see `{self.prog} --help`.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pykvq",
+        description="Run GGUF language models with a KV cache below 2 bits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, add, run, summary in _COMMANDS:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[:1].upper()}{summary[1:]}.",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version, which takes loading the core."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from pykvq import __version__
+
+        print(f"pykvq {__version__}")
+        parser.exit()
+
+
+# ---- commands -------------------------------------------------------------------------------
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_prompt(parser)
+    options.add_generation(parser)
+    options.add_session(parser)
+    options.add_sampling(parser)
+    options.add_json(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from pykvq import cli_generate
+
+    return cli_generate.run(args)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_system(parser)
+    options.add_length(parser)
+    options.add_session(parser)
+    options.add_sampling(parser)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from pykvq import cli_generate
+
+    return cli_generate.chat(args)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser, default=None)
+    options.add_context(parser)
+    options.add_json(parser)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from pykvq import cli_info
+
+    return cli_info.info(args)
+
+
+def _add_tokenize(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_prompt(parser)
+    options.add_tokenize(parser)
+    options.add_json(parser)
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    from pykvq import cli_info
+
+    return cli_info.tokenize(args)
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_prompt(parser)
+    options.add_perplexity(parser)
+    options.add_session(parser, many=True)
+    options.add_json(parser)
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from pykvq import cli_perplexity
+
+    return cli_perplexity.run(args)
+
+
+def _add_pull(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from pykvq import cli_info
+
+    return cli_info.pull(args)
+
+
+_Add = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], int]
+_COMMANDS: tuple[tuple[str, _Add, _Run, str], ...] = (
+    ("run", _add_run, _run, "write one text or one answer"),
+    ("chat", _add_chat, _chat, "talk with a model"),
+    ("info", _add_info, _info, "show what a model is and what its KV cache costs"),
+    ("tokenize", _add_tokenize, _tokenize, "show the tokens of a text"),
+    ("perplexity", _add_perplexity, _perplexity, "measure what KV schemes cost on a text"),
+    ("pull", _add_pull, _pull, "fetch a model and print its path"),
+)
+
+
+# ---- the way in -----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    Args:
+        argv: The arguments; by default those of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that is not a text file
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: warn(str(message))
+        try:
+            return _main(argv)
+        except BrokenPipeError:
+            # Python flushes stdout once more at its end: let that go nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_BROKEN_PIPE
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except (KvqError, UsageError) as error:
+            fail(str(error))
+        except MemoryError:
+            fail("There is not enough memory.")
+        except OSError as error:
+            fail(f"{error.filename or 'Input or output'}: {error.strerror or error}.")
+    return EXIT_ERROR
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return EXIT_ERROR
+    run: _Run = args.run
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

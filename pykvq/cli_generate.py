@@ -1,0 +1,234 @@
+"""The commands `run` and `chat`: text to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pykvq import cli_options as options
+from pykvq.console import UsageError, fail, notice, size, warn
+from pykvq.errors import ContextError
+
+if TYPE_CHECKING:
+    from pykvq.generation import Generation, Stream
+    from pykvq.model import Model
+    from pykvq.native import SessionStats
+    from pykvq.sampling_params import SamplingParams
+    from pykvq.session import Session
+
+#: Tokens of context that `run` and `chat` open if -c says nothing and the model allows it.
+_RUN_CONTEXT = 4096
+_CHAT_CONTEXT = 8192
+#: Left for the answer to a long prompt if -n says nothing.
+_ANSWER = 1024
+
+EXIT_INTERRUPTED = 130
+
+
+# ---- run ------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes one text or one answer."""
+    prompt = options.read_prompt(args)
+    with options.open_model(args, kv=args.kv, **options.session_options(args)) as model:
+        params = options.sampling_params(args, model.sampling_defaults)
+        ids, form = _encode(args, model, prompt)
+        limit = options.max_tokens(args)
+        needed = len(ids) + (_ANSWER if limit is None else limit)
+        n_ctx = options.context_size(args, model, max(_RUN_CONTEXT, needed))
+        with options.checked():
+            session = model.session(n_ctx=n_ctx)
+        _announce(model, session, form)
+        with options.checked():
+            stream = session.generate(
+                ids, limit, params=params, stop=args.reverse_prompt, stream=True
+            )
+        interrupted = _write(stream, quiet=args.json)
+        result = stream.result
+        if args.json:
+            print(json.dumps(_as_json(model, session, result)), flush=True)
+        _conclude(result, session.stats)
+        if result.finish_reason == "length" and limit != len(result.tokens):
+            warn(f"The context of {n_ctx} tokens is full; a larger one can be had with -c.")
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _encode(args: argparse.Namespace, model: Model, prompt: str) -> tuple[list[int], str]:
+    """The tokens of the prompt, and how it was understood."""
+    from pykvq.chat import encode_chat
+
+    chat = model.has_chat_template if args.conversation is None else args.conversation
+    if chat:
+        messages = [*_system(args), {"role": "user", "content": prompt}]
+        text, form = model.chat_template.render(messages), "answering by the chat template"
+    elif args.system_prompt is not None:
+        raise UsageError("A system message needs a chat template, but none is used.")
+    else:
+        text, form = prompt, "continuing the text"
+    ids = encode_chat(model.tokenizer, text)
+    if not ids:
+        raise UsageError("The prompt is empty, expected some text.")
+    return ids, form
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, str]]:
+    if args.system_prompt is None:
+        return []
+    return [{"role": "system", "content": args.system_prompt}]
+
+
+def _announce(model: Model, session: Session, form: str) -> None:
+    s = session.stats
+    f16 = f", {s.sinks} first and {s.window} last tokens in f16" if s.sinks or s.window else ""
+    notice(
+        f"{model.info.name}; KV cache {s.scheme}{f16}; {s.isa}, {s.n_threads}"
+        f" thread{'s' if s.n_threads > 1 else ''}; {form}."
+    )
+
+
+def _write(stream: Stream, quiet: bool = False) -> bool:
+    """Writes a text as it comes, up to its end or Ctrl-C; returns whether that ended it."""
+    interrupted, text = False, "\n"
+    try:
+        for chunk in stream:
+            if chunk.text and not quiet:
+                text = chunk.text
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        stream.close()
+    if not text.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return interrupted
+
+
+def _conclude(result: Generation, cache: SessionStats) -> None:
+    done = result.stats
+    reused = f" ({done.n_reused} reused)" if done.n_reused else ""
+    notice(
+        f"prompt {done.n_prompt} tokens{reused}, {done.prompt_per_second:.1f}/s;"
+        f" written {done.n_generated} tokens, {done.decode_per_second:.1f}/s;"
+        f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens,"
+        f" {cache.bits_full:.2f} bits per element; seed {result.seed}."
+    )
+
+
+def _as_json(model: Model, session: Session, result: Generation) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    done = result.stats
+    return {
+        "model": model.info.name,
+        "text": result.text,
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "timings": {
+            **asdict(done),
+            "prompt_per_second": done.prompt_per_second,
+            "decode_per_second": done.decode_per_second,
+        },
+        "kv": asdict(session.stats),
+    }
+
+
+# ---- chat -----------------------------------------------------------------------------------
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talks until /exit or the end of stdin."""
+    with options.open_model(args, kv=args.kv, **options.session_options(args)) as model:
+        params = options.sampling_params(args, model.sampling_defaults)
+        n_ctx = options.context_size(args, model, _CHAT_CONTEXT)
+        with options.checked():
+            session = model.session(n_ctx=n_ctx)
+        _announce(model, session, "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C interrupts")
+        conversation = _Conversation(args, model, session, params)
+        interactive = sys.stdin.isatty()
+        while True:
+            try:
+                line = input("> " if interactive and sys.stdout.isatty() else "")
+                if line.strip() == "/exit":
+                    return 0
+                if line.strip() == "/reset":
+                    conversation.reset()
+                elif line.strip():
+                    conversation.answer(line)
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                print(file=sys.stderr)
+
+
+class _Conversation:
+    """The turns so far, and their tokens in the session."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: Model, session: Session, params: SamplingParams
+    ) -> None:
+        self._args = args
+        self._model = model
+        self._session = session
+        self._params = params
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self._messages = _system(self._args)
+        self._text = ""
+        self._ids: list[int] = []
+
+    def answer(self, line: str) -> None:
+        """Writes the answer to a line; a line that cannot be answered is forgotten.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended the answer; what there is of it counts as the answer.
+        """
+        messages = [*self._messages, {"role": "user", "content": line}]
+        text = self._model.chat_template.render(messages)
+        ids = self._encode(text)
+        try:
+            with options.checked():
+                stream = self._session.generate(
+                    ids,
+                    options.max_tokens(self._args),
+                    params=self._params,
+                    stop=self._args.reverse_prompt,
+                    stream=True,
+                )
+        except ContextError:
+            fail(
+                f"The conversation has {len(ids)} tokens, but the context holds"
+                f" {self._session.n_ctx}; /reset begins a new one, -c gives more room."
+            )
+            return
+        interrupted = _write(stream)
+        result = stream.result
+        self._messages = [*messages, {"role": "assistant", "content": result.text}]
+        self._text, self._ids = text + result.text, ids + result.tokens
+        _conclude(result, self._session.stats)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of the conversation: what was written stays the tokens that were chosen.
+
+        Encoded anew, an answer may fall into other tokens, and the cache of it could not be kept.
+        """
+        from pykvq.chat import encode_chat
+
+        tokenizer = self._model.tokenizer
+        if self._ids and text.startswith(self._text):
+            rest = text.removeprefix(self._text)
+            added = tokenizer.encode(rest, add_special=False, parse_special=True)
+            if added and added[0] in tokenizer.eog_ids:
+                return self._ids + added
+        return encode_chat(tokenizer, text)

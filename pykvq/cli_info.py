@@ -1,0 +1,220 @@
+"""The commands that show something: `info`, `tokenize` and `pull`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sized
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pykvq import cli_options as options
+from pykvq.console import ProgressBar, size
+from pykvq.errors import MemoryLimitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pykvq.model import Model
+    from pykvq.native import Scheme
+
+#: Longest value of a metadata entry that is shown.
+_SHOWN = 60
+
+
+# ---- info -----------------------------------------------------------------------------------
+
+
+def info(args: argparse.Namespace) -> int:
+    """Shows a model, or this installation if none is named."""
+    if options.model_name(args) is None:
+        facts = _installation()
+        if args.json:
+            print(json.dumps(facts))
+        else:
+            _show_installation(facts)
+        return 0
+    with options.open_model(args) as model:
+        n_ctx = options.context_size(args, model, model.info.n_ctx_train)
+        costs = [_cost(model, scheme, n_ctx) for scheme in model.schemes]
+        if args.json:
+            print(json.dumps(_model_facts(model, n_ctx, costs)))
+        else:
+            _show_model(model, n_ctx, costs)
+    return 0
+
+
+def _installation() -> dict[str, Any]:
+    from pykvq import native
+    from pykvq.catalogue import cards
+
+    with options.checked():
+        selected = native.isa_selected()
+    return {
+        "version": native.version(),
+        "isa": selected,
+        "isa_available": native.isa_available(),
+        "models": sorted(cards()),
+        "d_head": native.USUAL_D_HEAD,
+        "schemes": [asdict(scheme) for scheme in native.schemes()],
+    }
+
+
+def _show_installation(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    table = _table(f"KV schemes (bits per sealed element at head width {facts['d_head']})")
+    for name in ("scheme", "keys", "values", "sinks", "window", "what it is"):
+        table.add_column(name, overflow="fold")
+    for s in facts["schemes"]:
+        bits_k, bits_v = f"{s['codec_k']} {s['bits_k']:.3g}", f"{s['codec_v']} {s['bits_v']:.3g}"
+        row = (s["name"], bits_k, bits_v, str(s["sinks"]), str(s["window"]), s["summary"])
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(f"pykvq {facts['version']}")
+    console.print(f"instruction set: {facts['isa']} (of {', '.join(facts['isa_available'])})")
+    console.print(f"known models: {', '.join(facts['models'])}\n")
+    console.print(table)
+
+
+def _cost(model: Model, scheme: Scheme, n_ctx: int) -> dict[str, Any]:
+    """What the cache of a scheme takes; None where this machine has not the memory."""
+    cost: dict[str, Any] = {"kv": scheme.name, "bytes": None, "bits_full": None}
+    cost["bits_sealed"] = (scheme.bits_k + scheme.bits_v) / 2
+    try:
+        with options.checked(), model.session(kv=scheme.name, n_ctx=n_ctx, n_batch=1) as session:
+            cost["bytes"], cost["bits_full"] = session.stats.bytes_kv, session.stats.bits_full
+    except MemoryLimitError:
+        pass
+    return cost
+
+
+def _tensor_types(model: Model) -> list[dict[str, Any]]:
+    count: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
+    for tensor in model.tensors:
+        count[tensor.type] += 1
+        n_bytes[tensor.type] += tensor.n_bytes
+    return [
+        {"type": kind, "tensors": count[kind], "bytes": amount}
+        for kind, amount in n_bytes.most_common()
+    ]
+
+
+def _model_facts(model: Model, n_ctx: int, costs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        **asdict(model.info),
+        "chat_template": model.has_chat_template,
+        "tensor_types": _tensor_types(model),
+        "kv_n_ctx": n_ctx,
+        "kv": costs,
+        "metadata": {key: _plain(value) for key, value in model.metadata.items()},
+    }
+
+
+def _plain(value: object) -> object:
+    """A metadata value for JSON; of an array its length."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return {"length": len(value)} if isinstance(value, Sized) else value
+
+
+def _shown(value: object) -> str:
+    """A metadata value in one short line."""
+    if isinstance(value, Sized) and not isinstance(value, str):
+        return f"{len(value)} elements"
+    line = str(_plain(value)).replace("\n", "\\n")
+    return line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
+
+
+def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    about = model.info
+    facts = _table("model", header=False)
+    heads = f"{about.n_heads} heads, {about.n_kv_heads} KV heads of width {about.d_head}"
+    for name, text in (
+        ("name", about.name),
+        ("file", about.path),
+        ("architecture", about.architecture),
+        ("weights", f"{about.n_params / 1e6:.1f} M in {size(about.bytes_weights)}"),
+        ("shape", f"{about.n_layers} layers, width {about.d_model}, feed-forward {about.d_ff}"),
+        ("attention", heads),
+        ("vocabulary", f"{about.n_vocab} tokens"),
+        ("trained context", f"{about.n_ctx_train} tokens"),
+        ("chat template", "yes" if model.has_chat_template else "no"),
+    ):
+        facts.add_row(name, escape(text))
+    types = _table("weights")
+    for name in ("type", "tensors", "size"):
+        types.add_column(name)
+    for row in _tensor_types(model):
+        types.add_row(row["type"], str(row["tensors"]), size(row["bytes"]))
+    cache = _table(f"KV cache for {n_ctx} tokens")
+    for name in ("scheme", "size", "bits per element", "of a sealed block"):
+        cache.add_column(name)
+    for cost in costs:
+        known = cost["bytes"] is not None
+        cache.add_row(
+            cost["kv"],
+            size(cost["bytes"]) if known else "more than the memory",
+            f"{cost['bits_full']:.3f}" if known else "",
+            f"{cost['bits_sealed']:.3f}",
+        )
+    entries = _table("metadata", header=False)
+    entries.add_column(overflow="fold")
+    for key, value in model.metadata.items():
+        entries.add_row(escape(key), escape(_shown(value)))
+    console = Console(highlight=False)
+    for table in (facts, types, cache, entries):
+        console.print(table)
+
+
+def _table(title: str, header: bool = True) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", show_header=header, box=box.SIMPLE)
+
+
+# ---- tokenize -------------------------------------------------------------------------------
+
+
+def tokenize(args: argparse.Namespace) -> int:
+    """Shows the tokens of a text."""
+    text = options.read_prompt(args)
+    with options.open_model(args) as model:
+        with options.checked():
+            ids = model.tokenize(text, not args.no_special, args.parse_special)
+        pieces = [
+            model.tokenizer.token_bytes(token, special=True).decode("utf-8", "replace")
+            for token in ids
+        ]
+    if args.json:
+        print(json.dumps({"model": model.info.name, "ids": ids, "pieces": pieces}))
+        return 0
+    if args.ids:
+        print(ids)
+    else:
+        for token, piece in zip(ids, pieces, strict=True):
+            print(f"{token:6d} {piece!r}")
+    if args.show_count:
+        print(f"{len(ids)} tokens")
+    return 0
+
+
+# ---- pull -----------------------------------------------------------------------------------
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Fetches a model; prints the path of its file."""
+    from pykvq import catalogue
+
+    name = options.model_name(args)
+    assert name is not None  # the command has a default
+    with ProgressBar() as progress:
+        path = catalogue.resolve(name, progress=progress)
+    print(path)
+    return 0

@@ -1,0 +1,399 @@
+"""The options of the command line, under llama.cpp's names where it has them.
+
+Owns the tables of options and what becomes of their values; the commands are in other modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pykvq.console import ProgressBar, UsageError, warn
+
+if TYPE_CHECKING:
+    from pykvq.model import Model
+    from pykvq.sampling_params import SamplingParams
+
+#: The model that is used where none is named.
+DEFAULT_MODEL = "smollm2"
+DEFAULT_KV = "skvq"
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Turns the ValueError of a value that the user gave into an error of usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _count(least: int) -> Any:
+    """A type for argparse: a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+# ---- models and prompts ---------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser, default: str | None = DEFAULT_MODEL) -> None:
+    """The model, by position or as -m."""
+    what = "path of a GGUF file, name of a known model, or user/repository[:quantization]"
+    if default is not None:
+        what += f" (default: {default})"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
+    parser.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same")
+    parser.set_defaults(default_model=default)
+
+
+def model_name(args: argparse.Namespace) -> str | None:
+    """The model that was named, or the command's default."""
+    if args.model is not None and args.model_option is not None:
+        raise UsageError(
+            f"Two models are named, {args.model} and {args.model_option}, but one was expected."
+        )
+    name: str | None = args.model or args.model_option or args.default_model
+    return name
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Where a text comes from."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the text")
+    source.add_argument(
+        "-f", "--file", metavar="PATH", help="read the text from a file (default: from stdin)"
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text that -p, -f or stdin gives; of a file without the line break that ends it."""
+    if args.prompt is not None:
+        prompt: str = args.prompt
+        return prompt
+    if args.file not in (None, "-"):
+        name, data = str(args.file), Path(args.file).read_bytes()
+    elif args.file is None and sys.stdin.isatty():
+        raise UsageError("There is no text: give it with -p or -f, or pipe it in.")
+    else:
+        name, data = "stdin", sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The text of {name} is not UTF-8: byte {error.start} is {data[error.start]:#04x}."
+        ) from error
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Output for programs."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+# ---- sessions -------------------------------------------------------------------------------
+
+
+def add_context(parser: argparse._ActionsContainer) -> None:
+    """The size of the context."""
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=_count(0),
+        metavar="N",
+        help="tokens of context; 0: as the model was trained (default: chosen by the command)",
+    )
+
+
+def add_session(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """The KV cache and the work on it; `many` allows several schemes, divided by commas."""
+    group = parser.add_argument_group("KV cache and threads")
+    add_context(group)
+    names = "names of KV schemes, divided by commas" if many else "KV scheme"
+    group.add_argument(
+        "--kv",
+        default=DEFAULT_KV,
+        metavar="NAME,..." if many else "NAME",
+        help=f"{names}; `pykvq info` lists them (default: {DEFAULT_KV})",
+    )
+    group.add_argument("--kv-window", type=_count(0), metavar="N", help="last tokens kept in f16")
+    group.add_argument("--kv-sinks", type=_count(0), metavar="N", help="first tokens kept in f16")
+    group.add_argument(
+        "-b", "--batch-size", type=_count(1), metavar="N", help="tokens per pass (default: 512)"
+    )
+    group.add_argument(
+        "-t", "--threads", type=_count(1), metavar="N", help="threads (default: one per processor)"
+    )
+
+
+def session_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_session` as arguments for `Model` and `Model.session`, but for `kv`."""
+    return {
+        "n_batch": args.batch_size,
+        "n_threads": args.threads,
+        "kv_window": args.kv_window,
+        "kv_sinks": args.kv_sinks,
+    }
+
+
+def context_size(args: argparse.Namespace, model: Model, otherwise: int) -> int:
+    """Tokens of context: what -c says, else `otherwise` as far as the model was trained for it."""
+    trained = model.info.n_ctx_train
+    if args.ctx_size is None:
+        return min(trained, otherwise)
+    if args.ctx_size > trained:
+        warn(
+            f"The context of {args.ctx_size} tokens exceeds the {trained} that the model was"
+            " trained on; what it writes beyond them may make no sense."
+        )
+    return args.ctx_size or trained
+
+
+@contextlib.contextmanager
+def open_model(args: argparse.Namespace, **options: Any) -> Iterator[Model]:
+    """The model that was named, open; fetching it shows progress."""
+    from pykvq.model import Model
+
+    name = model_name(args)
+    assert name is not None  # only commands with a default come here
+    with ProgressBar() as progress:
+        with checked():
+            model = Model(name, progress=progress, **options)
+        with model:
+            yield model
+
+
+# ---- generation -----------------------------------------------------------------------------
+
+
+def add_length(parser: argparse._ActionsContainer) -> None:
+    """How much to write and where to end."""
+    parser.add_argument(
+        "-n",
+        "--predict",
+        "--n-predict",
+        type=_count(-2),
+        default=-1,
+        metavar="N",
+        help="tokens to write at most; -1: until the model or the context ends (default)",
+    )
+    parser.add_argument(
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+
+
+def add_system(parser: argparse._ActionsContainer) -> None:
+    """The system message of a conversation."""
+    parser.add_argument(
+        "-sys", "--system-prompt", metavar="TEXT", help="system message of the conversation"
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """What to write."""
+    add_length(parser)
+    add_system(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "-cnv",
+        "--conversation",
+        "--chat",
+        dest="conversation",
+        action="store_true",
+        default=None,
+        help="answer the prompt, by the chat template (default, if the model has one)",
+    )
+    form.add_argument(
+        "-no-cnv",
+        "--no-conversation",
+        "--no-chat",
+        "--raw",
+        dest="conversation",
+        action="store_false",
+        help="go on with the prompt as it is",
+    )
+
+
+def max_tokens(args: argparse.Namespace) -> int | None:
+    """What -n says, as `Session.generate` takes it."""
+    return args.predict if args.predict >= 0 else None
+
+
+# ---- sampling -------------------------------------------------------------------------------
+
+
+class _Flag(NamedTuple):
+    """An option that sets one sampling parameter."""
+
+    flags: str
+    field: str
+    type: Any
+    help: str
+
+
+_SAMPLING = (
+    _Flag("-s --seed", "seed", int, "seed of the random numbers; -1: a fresh one"),
+    _Flag("--temp --temperature", "temp", _number, "temperature; 0: always the likeliest token"),
+    _Flag("--top-k", "top_k", int, "keep the k likeliest tokens; 0: off"),
+    _Flag("--top-p", "top_p", _number, "keep the fewest tokens of this mass; 1: off"),
+    _Flag("--min-p", "min_p", _number, "keep tokens this likely beside the likeliest; 0: off"),
+    _Flag("--typical --typical-p", "typical_p", _number, "locally typical sampling; 1: off"),
+    _Flag("--top-nsigma --top-n-sigma", "top_n_sigma", _number, "keep logits within n sigma"),
+    _Flag("--xtc-probability", "xtc_probability", _number, "chance of XTC; 0: off"),
+    _Flag("--xtc-threshold", "xtc_threshold", _number, "XTC drops tokens above; 1: off"),
+    _Flag("--repeat-last-n", "repeat_last_n", int, "tokens that penalties see; 0: off, -1: all"),
+    _Flag("--repeat-penalty", "repeat_penalty", _number, "penalty of repetition; 1: off"),
+    _Flag("--presence-penalty", "presence_penalty", _number, "penalty of presence; 0: off"),
+    _Flag("--frequency-penalty", "frequency_penalty", _number, "penalty of frequency; 0: off"),
+    _Flag("--dry-multiplier", "dry_multiplier", _number, "strength of DRY; 0: off"),
+    _Flag("--dry-base", "dry_base", _number, "growth of DRY's penalty"),
+    _Flag("--dry-allowed-length", "dry_allowed_length", int, "longest free repetition"),
+    _Flag("--dry-penalty-last-n", "dry_penalty_last_n", int, "tokens that DRY sees; -1: all"),
+)
+
+#: llama.cpp's letters for `--sampler-seq`, and the names that it takes beside the usual ones.
+_SAMPLER_LETTERS = {
+    "e": "penalties",
+    "d": "dry",
+    "s": "top_n_sigma",
+    "k": "top_k",
+    "y": "typ_p",
+    "p": "top_p",
+    "m": "min_p",
+    "x": "xtc",
+    "t": "temperature",
+}
+_SAMPLER_NAMES = {
+    "temp": "temperature",
+    "nucleus": "top_p",
+    "typical": "typ_p",
+    "typical_p": "typ_p",
+}
+
+
+def _samplers(text: str) -> tuple[str, ...]:
+    names = [name.strip().replace("-", "_") for name in text.split(";") if name.strip()]
+    return tuple(_SAMPLER_NAMES.get(name, name) for name in names)
+
+
+def _sampler_letters(text: str) -> tuple[str, ...]:
+    for letter in text:
+        if letter not in _SAMPLER_LETTERS:
+            known = ", ".join(f"{key} = {name}" for key, name in _SAMPLER_LETTERS.items())
+            raise argparse.ArgumentTypeError(f"{letter!r} is no sampler; known are: {known}")
+    return tuple(_SAMPLER_LETTERS[letter] for letter in text)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    found = re.fullmatch(r"(\d+)([+-].+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID+BIAS or ID-BIAS")
+    return int(found[1]), _number(found[2])
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; what is not given is as the model recommends, else as llama.cpp."""
+    group = parser.add_argument_group("sampling")
+    for row in _SAMPLING:
+        group.add_argument(*row.flags.split(), dest=row.field, type=row.type, help=row.help)
+    group.add_argument(
+        "--dry-sequence-breaker",
+        dest="dry_sequence_breakers",
+        action="append",
+        metavar="TEXT",
+        help="repetitions end here, in place of the default ones; several times, or 'none'",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="never end the text")
+    group.add_argument(
+        "-l",
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID(+/-)BIAS",
+        help="make a token more or less likely; may be given several times",
+    )
+    chain = group.add_mutually_exclusive_group()
+    chain.add_argument(
+        "--samplers", type=_samplers, metavar="NAMES", help="the samplers in order, divided by ;"
+    )
+    chain.add_argument(
+        "--sampler-seq",
+        "--sampling-seq",
+        dest="samplers",
+        type=_sampler_letters,
+        metavar="LETTERS",
+        help="the same, by letters: " + "".join(_SAMPLER_LETTERS),
+    )
+
+
+def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The options of `add_sampling`, for the rest `defaults`."""
+    from dataclasses import replace
+
+    given: dict[str, Any] = {row.field: getattr(args, row.field) for row in _SAMPLING}
+    given["samplers"] = args.samplers
+    given["ignore_eos"] = args.ignore_eos or None
+    given["logit_bias"] = dict(args.logit_bias) if args.logit_bias else None
+    breakers: list[str] | None = args.dry_sequence_breakers
+    given["dry_sequence_breakers"] = () if breakers == ["none"] else breakers
+    with checked():
+        return replace(defaults, **_given(given))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+# ---- single commands ------------------------------------------------------------------------
+
+
+def add_tokenize(parser: argparse.ArgumentParser) -> None:
+    """What `tokenize` shows."""
+    parser.add_argument("--ids", action="store_true", help="print only a list of ids")
+    parser.add_argument(
+        "--no-special", action="store_true", help="add no BOS or EOS where the model wants them"
+    )
+    parser.add_argument(
+        "--parse-special", action="store_true", help="let <|names|> in the text be control tokens"
+    )
+    parser.add_argument("--show-count", action="store_true", help="print the number of tokens too")
+
+
+def add_perplexity(parser: argparse.ArgumentParser) -> None:
+    """What `perplexity` measures."""
+    parser.add_argument(
+        "--chunks", type=_count(1), metavar="N", help="chunks of -c tokens to read (default: all)"
+    )
+    parser.add_argument(
+        "--kld", action="store_true", help="compare with the f16 cache: divergence and top-1"
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read as if token by token, so that every score goes through the sealed cache",
+    )

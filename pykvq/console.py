@@ -1,0 +1,104 @@
+"""What the command line says beside its output: notices, errors and progress, all on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+#: What takes less than so many seconds gets no progress bar.
+_PATIENCE = 1.0
+
+
+class UsageError(Exception):
+    """The command line asks for something that makes no sense; a full sentence says what."""
+
+
+def notice(text: str) -> None:
+    """Prints one line about what is being done."""
+    _print(text)
+
+
+def warn(text: str) -> None:
+    """Prints one line about something that may surprise."""
+    _print(f"warning: {text}")
+
+
+def fail(text: str) -> None:
+    """Prints one line about why the command ends."""
+    _print(f"error: {text}")
+
+
+def _print(text: str) -> None:
+    print(f"pykvq: {text}", file=sys.stderr, flush=True)
+
+
+def size(n_bytes: int) -> str:
+    """A number of bytes in words, in decimal units."""
+    if n_bytes < 1e6:
+        return f"{n_bytes / 1e3:.1f} kB"
+    if n_bytes < 1e9:
+        return f"{n_bytes / 1e6:.1f} MB"
+    return f"{n_bytes / 1e9:.2f} GB"
+
+
+class ProgressBar:
+    """A bar on stderr, for anything that takes over a second, if a person is looking.
+
+    It is called as a `pykvq.model.Progress`: (what, how much is done, of how much).
+    """
+
+    def __init__(self) -> None:
+        self._visible = sys.stderr.isatty()
+        self._what: str | None = None
+        self._since = 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Shows how far `what` is; a new `what` begins a new bar."""
+        if not self._visible:
+            return
+        if what != self._what:
+            self.close()
+            self._what, self._since = what, time.monotonic()
+        if self._bar is None and done < total and time.monotonic() - self._since > _PATIENCE:
+            self._open(what)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+            if done >= total:
+                self.close()
+
+    def _open(self, what: str) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = [
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeRemainingColumn(),
+        ]
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task(what)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._what = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

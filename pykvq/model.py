@@ -1,0 +1,323 @@
+"""A model: an open GGUF file, its tokenizer and chat template, and the sessions on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pykvq import native
+from pykvq.errors import ModelError
+from pykvq.metadata import Metadata
+from pykvq.native import Scheme, Tensor
+from pykvq.sampling_params import SamplingParams
+from pykvq.session import Session
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pykvq.chat import ChatTemplate
+    from pykvq.tokenizer import Tokenizer
+
+#: Told how far something is: (what, how much is done, of how much). For downloads it counts bytes,
+#: for prompts tokens.
+Progress = Callable[[str, int, int], None]
+
+#: The author's recommended sampling, by the keys of llama.cpp.
+_SAMPLING_PREFIX = "general.sampling."
+_SAMPLING_KEYS = {
+    "temp": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "penalty_last_n": "repeat_last_n",
+    "penalty_repeat": "repeat_penalty",
+    "sequence": "samplers",
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is.
+
+    Attributes:
+        path: Its file; the first one of a split model.
+        architecture: The kind of network, such as "llama".
+        name: What its makers call it, or the name of the file.
+        n_params: Number of weights.
+        bytes_weights: Their size in the file.
+        n_layers: Layers.
+        n_heads: Query heads per layer.
+        n_kv_heads: Key and value heads per layer.
+        d_model: Width of the residual stream.
+        d_head: Width of a head.
+        d_ff: Width of the feed-forward part.
+        n_vocab: Logits per token.
+        n_ctx_train: Tokens of context that it was trained on.
+    """
+
+    path: str
+    architecture: str
+    name: str
+    n_params: int
+    bytes_weights: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_ff: int
+    n_vocab: int
+    n_ctx_train: int
+
+
+class Model:
+    """A GGUF model, mapped into memory.
+
+        with Model("smollm2", kv="skvq") as model, model.session() as session:
+            print(session.generate("Once upon a time", max_tokens=50).text)
+
+    A model does not change: any number of threads may use it, each with sessions of its own.
+
+    Attributes:
+        info: What the model is.
+        metadata: The metadata of the file; see `pykvq.metadata.Metadata`.
+    """
+
+    info: ModelInfo
+    metadata: Metadata
+
+    def __init__(
+        self,
+        path_or_name: str | os.PathLike[str],
+        *,
+        kv: str = "skvq",
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_batch: int | None = None,
+        kv_window: int | None = None,
+        kv_sinks: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Opens a model, which is downloaded first if need be.
+
+        Args:
+            path_or_name: A path of a GGUF file, the name of a known model such as "smollm2", or
+                `user/repository[:quantization]` of the Hugging Face hub.
+            kv: KV cache scheme of sessions that name no other; see `pykvq.schemes`.
+            n_ctx: Tokens that a session holds; by default the smaller of the context that the
+                model was trained on and 4096.
+            n_threads: Threads of a session; by default one per processor.
+            n_batch: Tokens of a prompt that pass through the layers at once; by default 512.
+            kv_window: Last tokens kept in f16; by default as the scheme says.
+            kv_sinks: First tokens kept in f16; by default as the scheme says.
+            progress: Told how far downloads and long prompts are.
+
+        Raises:
+            ModelError: There is no such model, or the file is damaged (`UnsupportedError`: sound,
+                but of a kind that is not implemented).
+            DownloadError: It cannot be fetched.
+            SchemeError: The KV scheme is not known.
+        """
+        native.check_scheme(kv)
+        self._options: dict[str, Any] = {
+            "kv": kv,
+            "n_ctx": n_ctx,
+            "n_threads": n_threads,
+            "n_batch": n_batch,
+            "kv_window": kv_window,
+            "kv_sinks": kv_sinks,
+            "progress": progress,
+        }
+        from pykvq import catalogue  # takes a while, and only this needs it
+
+        path = catalogue.resolve(path_or_name, progress=progress)
+        self._handle = native.ModelHandle(path)
+        self._lock = threading.RLock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.metadata = Metadata(self._handle)
+        self.info = self._describe()
+
+    def _describe(self) -> ModelInfo:
+        raw = self._handle.describe()
+        name = self.metadata.get("general.name")
+        path = self._handle.path
+        return ModelInfo(
+            path=path,
+            architecture=self._handle.architecture(),
+            name=name if isinstance(name, str) and name else os.path.basename(path),
+            n_params=int(raw.n_params),
+            bytes_weights=int(raw.bytes_weights),
+            n_layers=int(raw.n_layers),
+            n_heads=int(raw.n_heads),
+            n_kv_heads=int(raw.n_kv_heads),
+            d_model=int(raw.d_model),
+            d_head=int(raw.d_head),
+            d_ff=int(raw.d_ff),
+            n_vocab=int(raw.n_vocab),
+            n_ctx_train=int(raw.n_ctx_train),
+        )
+
+    # ---- text -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, built on first use.
+
+        Raises:
+            TokenizerError: The file's vocabulary is damaged or of an unsupported kind.
+        """
+        from pykvq.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_metadata(self.metadata)
+        if tokenizer.n_vocab > self.info.n_vocab:
+            raise ModelError(
+                f"The vocabulary of {self.info.path} has {tokenizer.n_vocab} tokens, but its"
+                f" weights know {self.info.n_vocab}."
+            )
+        return tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file says how to write conversations; otherwise ChatML is tried."""
+        return "tokenizer.chat_template" in self.metadata
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template, compiled on first use; ChatML, with a warning, if there is none.
+
+        Raises:
+            ChatTemplateError: The template is not valid.
+        """
+        from pykvq.chat import ChatTemplate
+
+        return ChatTemplate.from_metadata(self.metadata, self.tokenizer)
+
+    def tokenize(
+        self, text: str, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Turns a text into token ids; see `Tokenizer.encode`.
+
+        Args:
+            text: The text.
+            add_special: Whether to add BOS and EOS as the model wants them.
+            parse_special: Whether spellings of control tokens become these tokens.
+        """
+        return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turns token ids into text, without control tokens; see `Tokenizer.decode`."""
+        return self.tokenizer.decode(ids)
+
+    @functools.cached_property
+    def sampling_defaults(self) -> SamplingParams:
+        """The sampling that the model's author recommends, for the rest llama.cpp's defaults.
+
+        A recommendation that is not understood is left out with a warning.
+        """
+        params = SamplingParams()
+        for key in self.metadata:
+            if not key.startswith(_SAMPLING_PREFIX):
+                continue
+            value = self.metadata[key]
+            field = _SAMPLING_KEYS.get(key.removeprefix(_SAMPLING_PREFIX))
+            if field == "samplers" and isinstance(value, str):
+                value = value.split(";")
+            try:
+                if field is None:
+                    raise ValueError("It is not implemented.")
+                params = replace(params, **{field: value})  # type: ignore[arg-type]
+            except ValueError as error:
+                warnings.warn(
+                    f"The model recommends {key} = {value!r}, which is ignored. {error}",
+                    stacklevel=3,
+                )
+        return params
+
+    # ---- sessions ---------------------------------------------------------------------------
+
+    def session(
+        self,
+        *,
+        kv: str | None = None,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_batch: int | None = None,
+        kv_window: int | None = None,
+        kv_sinks: int | None = None,
+        progress: Progress | None = None,
+    ) -> Session:
+        """Opens a session: an empty timeline of tokens with a KV cache of its own.
+
+        What is not given is as the model was opened with; `kv_window` and `kv_sinks` of the model
+        hold only for its own scheme.
+
+        Raises:
+            SchemeError: The KV scheme is not known.
+            UnsupportedError: The scheme has no form for this model.
+            ValueError: A number is out of range, or the model was closed.
+            MemoryLimitError: The cache does not fit into the memory.
+        """
+        given = {
+            "kv": kv,
+            "n_ctx": n_ctx,
+            "n_threads": n_threads,
+            "n_batch": n_batch,
+            "kv_window": kv_window,
+            "kv_sinks": kv_sinks,
+            "progress": progress,
+        }
+        options = dict(self._options)
+        if kv is not None and kv != options["kv"]:
+            options.update(kv_window=None, kv_sinks=None)
+        options.update({key: value for key, value in given.items() if value is not None})
+        with self._lock:
+            session = Session(self, self._handle, **options)
+            self._sessions.add(session)
+        return session
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The KV schemes that this model can have, with their cost at its head width."""
+        return native.schemes(self.info.d_head)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensor directory, in the order of the file."""
+        return self._handle.tensors()
+
+    # ---- lifetime ---------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model was closed."""
+        return self._handle.closed
+
+    def close(self) -> None:
+        """Closes the sessions, cancelling what they do, and unmaps the file."""
+        with self._lock:
+            for session in list(self._sessions):
+                session.close()
+            self._handle.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else self._options["kv"]
+        return f"<Model {self.info.name}, {self.info.architecture}, {state}>"

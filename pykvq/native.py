@@ -1,0 +1,515 @@
+"""The C core, with Python's types: statuses become exceptions, structs become dataclasses.
+
+Owns the C handles (`ModelHandle`, `SessionHandle`) and their lifetimes; nothing else in the package
+touches `pykvq._native`. Knows no tokenizer and no numpy, so that importing it is quick.
+
+A handle is closed once: by `close`, or when the last reference to it goes. A session's finalizer
+keeps its model's handle alive, so the core sees every session closed before its model, in
+whatever order the collector runs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pykvq._native import ffi, lib
+from pykvq.errors import (
+    Cancelled,
+    ContextError,
+    KvqError,
+    MemoryLimitError,
+    ModelError,
+    SchemeError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from pykvq._native import CData
+
+LOGITS_NONE: Final = lib.KVQ_LOGITS_NONE
+LOGITS_LAST: Final = lib.KVQ_LOGITS_LAST
+LOGITS_ALL: Final = lib.KVQ_LOGITS_ALL
+
+KEYS: Final = 0
+VALUES: Final = 1
+
+#: How wide a head is taken to be where no model says it; most models have this width.
+USUAL_D_HEAD: Final = 128
+
+_EXCEPTIONS: Final[dict[int, type[Exception]]] = {
+    lib.KVQ_ERR_ARGUMENT: ValueError,
+    lib.KVQ_ERR_IO: ModelError,
+    lib.KVQ_ERR_FORMAT: ModelError,
+    lib.KVQ_ERR_UNSUPPORTED: UnsupportedError,
+    lib.KVQ_ERR_MEMORY: MemoryLimitError,
+    lib.KVQ_ERR_CONTEXT: ContextError,
+    lib.KVQ_CANCELLED: Cancelled,
+}
+
+
+def check(status: int) -> None:
+    """Raises the exception of a status, with the sentence that the core recorded on this thread."""
+    if status != lib.KVQ_OK:
+        sentence = _text(lib.kvq_error()).rstrip(".") + "."
+        raise _EXCEPTIONS.get(status, KvqError)(sentence)
+
+
+def _text(chars: CData) -> str:
+    return ffi.string(chars).decode("utf-8", "replace")
+
+
+def _name(chars: CData, length: CData) -> str:
+    """A name of a GGUF file; bytes that are not UTF-8 become lone surrogates."""
+    return ffi.buffer(chars, int(length))[:].decode("utf-8", "surrogateescape")
+
+
+# ---------------------------------------------------------------------------------------------
+# The core
+# ---------------------------------------------------------------------------------------------
+
+
+def version() -> str:
+    """The version of the core."""
+    return _text(lib.kvq_version())
+
+
+def alloc_calls() -> int:
+    """Allocations made by the core since the process started; evaluating makes none."""
+    return lib.kvq_alloc_calls()
+
+
+def isa_available() -> list[str]:
+    """The instruction sets that can be used here, best first."""
+    return _text(lib.kvq_isa_available()).split(",")
+
+
+def isa_selected() -> str:
+    """The instruction set that sessions use: the best, or the one that KVQ_ISA names.
+
+    Raises:
+        ValueError: KVQ_ISA names one that is not available.
+    """
+    out = ffi.new("const char **")
+    check(lib.kvq_isa_selected(out))
+    return _text(out[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Schemes
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A KV cache scheme, at one head width.
+
+    Attributes:
+        name: What `kv=` and `--kv` call it.
+        summary: What it is, in one line.
+        basis_k: The map applied to keys before they are packed.
+        basis_v: The same for values.
+        codec_k: How sealed keys are packed.
+        codec_v: How sealed values are packed.
+        sinks: First tokens that stay in f16 unless told otherwise.
+        window: Last tokens that stay in f16 unless told otherwise.
+        block: Tokens per sealed block.
+        bits_k: Bits per element of a sealed block of keys, all its metadata included.
+        bits_v: The same for values.
+    """
+
+    name: str
+    summary: str
+    basis_k: str
+    basis_v: str
+    codec_k: str
+    codec_v: str
+    sinks: int
+    window: int
+    block: int
+    bits_k: float
+    bits_v: float
+
+    @property
+    def lossless(self) -> bool:
+        """Whether sealing a block keeps its rows exactly."""
+        return self.codec_k == self.codec_v == "f16"
+
+
+def schemes(d_head: int = USUAL_D_HEAD) -> list[Scheme]:
+    """The schemes that have a form for heads of `d_head` channels.
+
+    Args:
+        d_head: Width of a head; it decides what the metadata of a block cost per element.
+
+    Raises:
+        ValueError: If the width is not positive.
+    """
+    found = []
+    out = ffi.new("kvq_scheme_info *")
+    for index in range(lib.kvq_scheme_count()):
+        try:
+            check(lib.kvq_scheme_describe(index, d_head, out))
+        except UnsupportedError:
+            continue
+        found.append(
+            Scheme(
+                name=_text(out.name),
+                summary=_text(out.summary),
+                basis_k=_text(out.basis_k),
+                basis_v=_text(out.basis_v),
+                codec_k=_text(out.codec_k),
+                codec_v=_text(out.codec_v),
+                sinks=int(out.sinks),
+                window=int(out.window),
+                block=int(out.block),
+                bits_k=float(out.bits_k),
+                bits_v=float(out.bits_v),
+            )
+        )
+    return found
+
+
+def check_scheme(name: str) -> None:
+    """Requires the name of a known scheme.
+
+    Raises:
+        SchemeError: There is none of this name.
+    """
+    known = [scheme.name for scheme in schemes()]
+    if name not in known:
+        raise SchemeError(f"The KV scheme {name!r} is unknown; known are: {', '.join(known)}.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An entry of a model's tensor directory.
+
+    Attributes:
+        name: Its name.
+        shape: As in the file: shape[0] runs fastest.
+        type: The weight format, such as "Q4_K".
+        n_bytes: Its size.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class RawMeta:
+    """A metadata entry as the file has it: see `kvq_meta` in core/kvq.h."""
+
+    type: int
+    is_array: bool
+    count: int
+    data: bytes
+
+
+class ModelHandle:
+    """An open `kvq_model`; closed at most once, and never while it is being read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Maps a file.
+
+        Raises:
+            ModelError: The file cannot be read, is damaged or is not supported.
+            MemoryLimitError: There is no memory for it.
+        """
+        out = ffi.new("kvq_model **")
+        check(lib.kvq_model_open(out, os.fsencode(path)))
+        self._pointer = out[0]
+        self.path = os.fsdecode(path)
+        self.lock = threading.RLock()
+        self._finalizer = weakref.finalize(self, lib.kvq_model_close, self._pointer)
+        self._finalizer.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Unmaps the file. Its sessions must have been closed."""
+        with self.lock:
+            self._finalizer()
+
+    @property
+    def pointer(self) -> CData:
+        """The C pointer; to be used with `lock` held.
+
+        Raises:
+            ValueError: It was closed.
+        """
+        if self.closed:
+            raise ValueError(f"The model {self.path} was closed and cannot be used any more.")
+        return self._pointer
+
+    def describe(self) -> CData:
+        """The `kvq_model_info`; its string dies with the model."""
+        out = ffi.new("kvq_model_info *")
+        lib.kvq_model_describe(self.pointer, out)
+        return out
+
+    def architecture(self) -> str:
+        """What the file calls the kind of network that it holds."""
+        with self.lock:
+            return _text(self.describe().architecture)
+
+    def meta_keys(self) -> list[str]:
+        """The keys of the metadata, in the order of the file."""
+        with self.lock:
+            out = ffi.new("kvq_meta *")
+            keys = []
+            for index in range(lib.kvq_model_meta_count(self.pointer)):
+                check(lib.kvq_model_meta(self.pointer, index, out))
+                keys.append(_name(out.key, out.key_length))
+            return keys
+
+    def meta(self, index: int) -> RawMeta:
+        """A copy of one metadata entry."""
+        with self.lock:
+            out = ffi.new("kvq_meta *")
+            check(lib.kvq_model_meta(self.pointer, index, out))
+            data = ffi.buffer(out.data, int(out.bytes))[:] if out.bytes else b""
+            return RawMeta(int(out.type), bool(out.is_array), int(out.count), data)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensor directory, in the order of the file."""
+        with self.lock:
+            out = ffi.new("kvq_tensor_info *")
+            found = []
+            for index in range(lib.kvq_model_tensor_count(self.pointer)):
+                check(lib.kvq_model_tensor(self.pointer, index, out))
+                shape = tuple(int(out.shape[i]) for i in range(int(out.n_dims)))
+                name = _name(out.name, out.name_length)
+                found.append(Tensor(name, shape, _text(out.type), int(out.bytes)))
+            return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Sessions
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """What a session is and holds.
+
+    Attributes:
+        isa: Instruction set of the kernels that run.
+        scheme: Name of the KV scheme.
+        n_ctx: Tokens that the cache can hold.
+        n_batch: Tokens per pass through the layers.
+        n_threads: Threads that share the work of a pass.
+        sinks: First tokens kept in f16.
+        window: Last tokens kept in f16.
+        n_tokens: Tokens in the cache now.
+        n_tokens_sealed: Of these, those in sealed blocks.
+        bytes_kv: Allocated for the cache: the sum of the three below.
+        bytes_sinks: For the first tokens, in f16.
+        bytes_sealed: For the sealed blocks of a full context.
+        bytes_recent: For the last tokens, in f16.
+        bytes_scratch: Everything else that the session allocated.
+        bits_sealed_k: Bits per element of a sealed block of keys, all its metadata included.
+        bits_sealed_v: The same for values.
+        bits_full: Bits per element of a full context, everything included.
+        bits_used: The same for the tokens held now; 0 where there are none.
+        n_evaluated: Tokens evaluated since the session was opened.
+        seconds_evaluated: Time spent on them.
+    """
+
+    isa: str
+    scheme: str
+    n_ctx: int
+    n_batch: int
+    n_threads: int
+    sinks: int
+    window: int
+    n_tokens: int
+    n_tokens_sealed: int
+    bytes_kv: int
+    bytes_sinks: int
+    bytes_sealed: int
+    bytes_recent: int
+    bytes_scratch: int
+    bits_sealed_k: float
+    bits_sealed_v: float
+    bits_full: float
+    bits_used: float
+    n_evaluated: int
+    seconds_evaluated: float
+
+    @property
+    def bits_sealed(self) -> float:
+        """Bits per element of a sealed block, keys and values averaged."""
+        return (self.bits_sealed_k + self.bits_sealed_v) / 2
+
+
+def _close_session(pointer: CData, pid: int, model: ModelHandle) -> None:
+    del model  # an argument so that it lives until now
+    # In a forked process the threads of the pool do not exist, and waiting for them never ends.
+    if os.getpid() == pid:
+        lib.kvq_session_close(pointer)
+
+
+class SessionHandle:
+    """An open `kvq_session`.
+
+    Every call into the core runs under a lock, which `close` waits for too: whatever thread makes
+    a call, the session outlives it. Only `cancel` does not wait.
+    """
+
+    def __init__(
+        self,
+        model: ModelHandle,
+        *,
+        scheme: str,
+        n_ctx: int,
+        n_batch: int,
+        n_threads: int,
+        sinks: int,
+        window: int,
+    ) -> None:
+        """Opens a session; the numbers are those of `kvq_session_options`.
+
+        Raises:
+            ValueError: A number is out of range.
+            UnsupportedError: The scheme has no form for this model.
+            MemoryLimitError: The cache does not fit into the memory.
+        """
+        name = ffi.new("char[]", scheme.encode())
+        options = ffi.new(
+            "kvq_session_options *",
+            {
+                "scheme": name,
+                "n_ctx": n_ctx,
+                "n_batch": n_batch,
+                "n_threads": n_threads,
+                "sinks": sinks,
+                "window": window,
+            },
+        )
+        out = ffi.new("kvq_session **")
+        with model.lock:
+            check(lib.kvq_session_open(out, model.pointer, options))
+        self._pointer = out[0]
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._cancel_lock = threading.RLock()  # a signal handler may cancel during a cancel
+        self._raw = self._describe()
+        self._finalizer = weakref.finalize(self, _close_session, self._pointer, self._pid, model)
+        self._finalizer.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Frees the cache, after a call that is running has been cancelled and has returned."""
+        self.cancel()
+        with self._lock, self._cancel_lock:
+            self._finalizer()
+
+    def require_open(self) -> None:
+        """Requires that the session can be used.
+
+        Raises:
+            ValueError: It was closed.
+            KvqError: It belongs to the process that this one was forked from.
+        """
+        if self.closed:
+            raise ValueError("The session was closed and cannot be used any more.")
+        if os.getpid() != self._pid:
+            raise KvqError(
+                f"The session was opened by process {self._pid} and cannot be used in its forked"
+                f" process {os.getpid()}; open a session there."
+            )
+
+    def _describe(self) -> CData:
+        raw = ffi.new("kvq_session_stats *")
+        lib.kvq_session_describe(self._pointer, raw)
+        return raw
+
+    def eval(self, tokens: CData, n: int, which: int, logits: CData) -> None:
+        """Calls `kvq_session_eval`."""
+        with self._lock:
+            self.require_open()
+            status = lib.kvq_session_eval(
+                self._pointer, tokens, n, which, logits, ffi.NULL, ffi.NULL
+            )
+            self._raw = self._describe()
+            check(status)
+
+    def truncate(self, n: int) -> None:
+        """Calls `kvq_session_truncate`."""
+        with self._lock:
+            self.require_open()
+            check(lib.kvq_session_truncate(self._pointer, n))
+            self._raw = self._describe()
+
+    def until_seal(self) -> int:
+        """Calls `kvq_session_until_seal`."""
+        with self._lock:
+            self.require_open()
+            return lib.kvq_session_until_seal(self._pointer)
+
+    def block(self, layer: int, kv_head: int, side: int, block: int) -> memoryview:
+        """The bytes of one sealed block, writable; not to be used after `close`."""
+        with self._lock:
+            self.require_open()
+            data, n_bytes = ffi.new("uint8_t **"), ffi.new("uint64_t *")
+            check(lib.kvq_session_block(self._pointer, layer, kv_head, side, block, data, n_bytes))
+
+            def release(_: CData, owner: SessionHandle = self) -> None:
+                """Does nothing: the view holds this function, and so keeps the session alive."""
+
+            return memoryview(ffi.buffer(ffi.gc(data[0], release), int(n_bytes[0])))
+
+    def cancel(self) -> None:
+        """Makes the running `eval` stop, or else the next one; any thread may call it."""
+        with self._cancel_lock:
+            if not self.closed:
+                lib.kvq_session_cancel(self._pointer)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the cache after the last call; any thread may ask."""
+        return int(self._raw.n_tokens)
+
+    def stats(self) -> SessionStats:
+        """The statistics as of the last call; any thread may ask."""
+        raw = self._raw
+        return SessionStats(
+            isa=_text(raw.isa),
+            scheme=_text(raw.scheme),
+            n_ctx=int(raw.n_ctx),
+            n_batch=int(raw.n_batch),
+            n_threads=int(raw.n_threads),
+            sinks=int(raw.sinks),
+            window=int(raw.window),
+            n_tokens=int(raw.n_tokens),
+            n_tokens_sealed=int(raw.n_tokens_sealed),
+            bytes_kv=int(raw.bytes_kv),
+            bytes_sinks=int(raw.bytes_sinks),
+            bytes_sealed=int(raw.bytes_sealed),
+            bytes_recent=int(raw.bytes_recent),
+            bytes_scratch=int(raw.bytes_scratch),
+            bits_sealed_k=float(raw.bits_sealed_k),
+            bits_sealed_v=float(raw.bits_sealed_v),
+            bits_full=float(raw.bits_full),
+            bits_used=float(raw.bits_used),
+            n_evaluated=int(raw.n_evaluated),
+            seconds_evaluated=float(raw.seconds_evaluated),
+        )

@@ -1,0 +1,457 @@
+"""A session: one timeline of tokens through a model, with its KV cache.
+
+Owns the rules of use (one thread at a time, cancelling, Ctrl-C) and the ids of the tokens that the
+cache holds. How text is generated is in `pykvq.generation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from pykvq import interruptible, native
+from pykvq._native import ffi
+from pykvq.errors import Cancelled, ContextError, KvqError
+from pykvq.native import ModelHandle, SessionHandle, SessionStats
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Unpack
+
+    from pykvq.generation import Generation, SamplingOptions, Stream
+    from pykvq.model import Model, Progress
+    from pykvq.sampling_params import SamplingParams
+
+Tokens = Sequence[int] | npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+Which = Literal["none", "last", "all"]
+
+_INT32_MAX = 2**31 - 1
+
+
+class Session:
+    """One timeline of tokens; made by `Model.session`.
+
+    A session is used by one thread at a time, and says so when two try; `cancel` and the
+    properties may be used by any thread at any time. Sessions of one model are independent.
+
+    Ctrl-C, in the main thread, stops an evaluation within the time of one layer and raises
+    KeyboardInterrupt; the session holds the passes of `n_batch` tokens that were completed, and can
+    go on. What a pass that was stopped had already sealed stays sealed, as after `truncate`.
+
+    Attributes:
+        model: The model.
+        n_ctx: Tokens that the session can hold.
+    """
+
+    model: Model
+    n_ctx: int
+
+    def __init__(
+        self,
+        model: Model,
+        handle: ModelHandle,
+        *,
+        kv: str,
+        n_ctx: int | None,
+        n_threads: int | None,
+        n_batch: int | None,
+        kv_window: int | None,
+        kv_sinks: int | None,
+        progress: Progress | None,
+    ) -> None:
+        """Opens a session; see `Model.session`."""
+        native.check_scheme(kv)
+        self.model = model
+        self._progress = progress
+        self._handle = SessionHandle(
+            handle,
+            scheme=kv,
+            n_ctx=_option("n_ctx", n_ctx, 1, 0),
+            n_batch=_option("n_batch", n_batch, 1, 0),
+            n_threads=_option("n_threads", n_threads, 1, 0),
+            sinks=_option("kv_sinks", kv_sinks, 0, -1),
+            window=_option("kv_window", kv_window, 0, -1),
+        )
+        stats = self._handle.stats()
+        self._n_batch = stats.n_batch
+        self._n_vocab = model.info.n_vocab
+        self.n_ctx = stats.n_ctx
+        # Ids of the tokens in the cache, written ahead of the core: it says how many count.
+        self._ids: IntArray = np.zeros(stats.n_ctx, np.int32)
+        self._busy = threading.Lock()
+        self._n_cancels = 0
+        self._owner: object = None  # the stream that the timeline belongs to, if any
+
+    # ---- tokens -----------------------------------------------------------------------------
+
+    def eval(
+        self,
+        tokens: Tokens,
+        logits: Which = "last",
+        *,
+        out: FloatArray | None = None,
+        progress: Progress | None = None,
+    ) -> FloatArray:
+        """Appends tokens to the timeline.
+
+        Passes that do not exceed `until_seal` read exactly what token-by-token evaluation reads.
+        Longer ones see their own tokens in f16, as a prompt does.
+
+        Args:
+            tokens: [n] ids, n >= 1.
+            logits: Which logits to return: of the last token, of all or of none.
+            out: Where to put them: C-contiguous float32 of the shape that is returned.
+            progress: Called after each pass of `n_batch` tokens as ("prompt", n_done, n).
+
+        Returns:
+            [1, n_vocab], [n, n_vocab] or [0, n_vocab] float32: row i holds the unnormalized
+            log-probabilities of the token that follows token i.
+
+        Raises:
+            ContextError: The context has no room for them; nothing was evaluated.
+            Cancelled: `cancel` was called; the session holds the passes that were completed.
+            ValueError: The ids or `out` are not of this kind, or the session was closed.
+            KvqError: The session is in use by another thread.
+        """
+        ids = _token_array(tokens, self._n_vocab)
+        with self._exclusive(owner=None):
+            return self._eval(ids, logits, out, progress or self._progress, self._n_cancels)
+
+    def _eval(
+        self,
+        ids: IntArray,
+        logits: Which,
+        out: FloatArray | None,
+        progress: Progress | None,
+        n_cancels: int,
+    ) -> FloatArray:
+        """Evaluates; `n_cancels` is the count of cancellations that came before this work."""
+        n, start = len(ids), self.n_tokens
+        if n > self.n_ctx - start:
+            raise ContextError(
+                f"The context is full: it holds {start} of {self.n_ctx} tokens, and {n} more were"
+                " to be evaluated."
+            )
+        n_rows = {"none": 0, "last": 1, "all": n}.get(logits)
+        if n_rows is None:
+            raise ValueError(f"logits is {logits!r}, expected 'none', 'last' or 'all'.")
+        rows = _logits_array((n_rows, self._n_vocab), out)
+        self._ids[start : start + n] = ids
+        done = 0
+        while done < n:
+            if self._n_cancels != n_cancels:
+                raise Cancelled(f"The evaluation was cancelled after {done} of {n} tokens.")
+            end = min(done + self._n_batch, n)
+            try:
+                self._run_pass(ids[done:end], rows[done:end] if logits == "all" else rows, end == n)
+            except Cancelled:
+                continue  # meant for this work: see above; else for what had just ended: go on
+            done = end
+            if progress is not None and n > self._n_batch:
+                progress("prompt", done, n)
+        return rows
+
+    def _run_pass(self, ids: IntArray, rows: FloatArray, is_last: bool) -> None:
+        which = native.LOGITS_ALL if len(rows) == len(ids) else native.LOGITS_LAST
+        if len(rows) == 0 or (len(rows) < len(ids) and not is_last):
+            which = native.LOGITS_NONE
+        tokens = ffi.from_buffer("int32_t[]", ids)
+        logits = ffi.from_buffer("float[]", rows) if len(rows) else ffi.NULL
+        handle = self._handle
+        interruptible.call(
+            lambda: handle.eval(tokens, len(ids), which, logits), cancel=handle.cancel
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the session holds."""
+        return self._handle.n_tokens
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of the tokens that the session holds."""
+        ids: list[int] = self._ids[: self.n_tokens].tolist()
+        return ids
+
+    @property
+    def until_seal(self) -> int:
+        """Tokens that can follow before the next block is sealed, at least 1.
+
+        A pass of no more tokens than this reads what token-by-token evaluation reads, bit for bit.
+        """
+        return self._handle.until_seal()
+
+    def truncate(self, n: int) -> None:
+        """Keeps the first n tokens.
+
+        Where n falls into a sealed block of a lossy scheme, the rows of that block return to f16
+        as its codes give them back: what was lost in sealing stays lost.
+
+        Raises:
+            ValueError: The session holds fewer tokens, or was closed.
+        """
+        with self._exclusive(owner=None):
+            self._handle.truncate(n)
+
+    def reset(self) -> None:
+        """Forgets all tokens; the session is as new."""
+        self.truncate(0)
+
+    # ---- text -------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Tokens,
+        max_tokens: int | None = ...,
+        *,
+        stop: str | Iterable[str] = ...,
+        logprobs: int | None = ...,
+        stream: Literal[False] = ...,
+        reuse: bool = ...,
+        progress: Progress | None = ...,
+        params: SamplingParams | None = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Tokens,
+        max_tokens: int | None = ...,
+        *,
+        stop: str | Iterable[str] = ...,
+        logprobs: int | None = ...,
+        stream: Literal[True],
+        reuse: bool = ...,
+        progress: Progress | None = ...,
+        params: SamplingParams | None = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Stream: ...
+
+    def generate(
+        self,
+        prompt: str | Tokens,
+        max_tokens: int | None = None,
+        *,
+        stop: str | Iterable[str] = (),
+        logprobs: int | None = None,
+        stream: bool = False,
+        reuse: bool = True,
+        progress: Progress | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation | Stream:
+        """Continues a text.
+
+        The prompt is the whole text so far, not an addition to it. What the session already holds
+        of it is not evaluated again: a lossless scheme goes on from the end of the longest common
+        prefix. A lossy one does so where that needs no row of a sealed block, as when a chat goes
+        on; otherwise it goes back to the last block that would be sealed at that point, so that the
+        rows around the end of the prefix are in f16 as they should be. What is evaluated again
+        has then seen the older tokens sealed, so the text may differ from that of a new session;
+        `reuse=False` (or a prompt shorter than sinks, window and one block) excludes that.
+
+        Args:
+            prompt: Text, or ids. In a text, spellings of control tokens become these tokens, as a
+                chat template needs it, and BOS is added where the model wants it and the text has
+                none. For text from untrusted sources pass `model.tokenize(text)`.
+            max_tokens: How many tokens to generate; by default until the model ends the text or
+                the context is full.
+            stop: Strings that end the text; they are not part of it.
+            logprobs: For each token also give its log-probability and those of so many most likely
+                ones, before any sampler.
+            stream: Return an iterator of pieces of text instead of all of it.
+            reuse: Whether to go on from what the session holds.
+            progress: As for `eval`.
+            params: Sampling parameters, instead of `model.sampling_defaults`.
+            **sampling: Single sampling parameters (the fields of `SamplingParams`; `temperature`
+                is another name of `temp`), which override these.
+
+        Returns:
+            A `Generation`; with `stream` a `Stream` of `Chunk`s.
+
+        Raises:
+            ContextError: The prompt does not fit into the context; nothing was evaluated.
+            ValueError: An argument is out of range, or the session was closed.
+            KvqError: The session is in use by another thread.
+        """
+        from pykvq.generation import Stream, merge_sampling
+
+        if isinstance(prompt, str):
+            from pykvq.chat import encode_chat
+
+            prompt = encode_chat(self.model.tokenizer, prompt)
+        self._handle.require_open()
+        pieces = Stream(
+            self,
+            _token_array(prompt, self._n_vocab),
+            merge_sampling(params or self.model.sampling_defaults, sampling),
+            max_tokens=max_tokens,
+            stop=stop,
+            n_logprobs=logprobs,
+            reuse=reuse,
+            progress=progress or self._progress,
+        )
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return pieces.result
+
+    def _go_back(self, ids: IntArray, reuse: bool) -> int:
+        """Truncates to the part of `ids` that can be kept; returns its length, below len(ids)."""
+        held = self._ids[: self.n_tokens]
+        n = min(len(held), len(ids) - 1)
+        differ = np.flatnonzero(held[:n] != ids[:n])
+        keep = (int(differ[0]) if differ.size else n) if reuse else 0
+        if keep < len(held):
+            keep = self._keepable(keep)
+            self._handle.truncate(keep)
+        return keep
+
+    def _keepable(self, common: int) -> int:
+        """How many of the first `common` tokens can be kept without reading a row out of a block.
+
+        That is, without finding a row sealed that token-by-token evaluation of `common` tokens
+        would have left in f16.
+        """
+        stats = self._handle.stats()
+        scheme = next(s for s in native.schemes(self.model.info.d_head) if s.name == stats.scheme)
+        n_sealed = max(0, common - stats.sinks - stats.window) // scheme.block * scheme.block
+        if scheme.lossless or stats.n_tokens_sealed <= n_sealed:
+            return common
+        return min(common, stats.sinks + n_sealed)
+
+    # ---- control ----------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Stops what the session is doing, from any thread; without effect if it does nothing.
+
+        `eval` raises `Cancelled`. `generate` ends with what it has so far and the reason
+        "cancelled"; that holds also for a stream that waits for its consumer.
+        """
+        self._n_cancels += 1
+        self._handle.cancel()
+
+    @contextlib.contextmanager
+    def _exclusive(self, owner: object) -> Iterator[None]:
+        """Takes the session for this thread, and its timeline for `owner`."""
+        if not self._busy.acquire(blocking=False):
+            raise KvqError(
+                "The session is in use by another thread or call; open a session for each thread,"
+                " or wait until it is free."
+            )
+        try:
+            self._handle.require_open()
+            self._owner = owner
+            yield
+        finally:
+            self._busy.release()
+
+    def _require_owner(self, owner: object) -> None:
+        if self._owner is not owner:
+            raise KvqError(
+                "The session was used for something else since this generation began, which can"
+                " therefore not go on."
+            )
+
+    @property
+    def stats(self) -> SessionStats:
+        """What the session is and holds, as of the last pass that was completed."""
+        return self._handle.stats()
+
+    def sealed_block(
+        self, layer: int, kv_head: int, side: Literal["k", "v"], block: int
+    ) -> npt.NDArray[np.uint8]:
+        """The bytes of one sealed block, for tests and research.
+
+        Args:
+            layer: Its layer.
+            kv_head: Its head.
+            side: "k" for keys, "v" for values.
+            block: Its number; block 0 holds the tokens after the sinks.
+
+        Returns:
+            [bytes] uint8, the cache's own memory: writing to it changes what the next token reads.
+            It is not to be used once the session is closed.
+
+        Raises:
+            ValueError: There is no such block.
+        """
+        sides = {"k": native.KEYS, "v": native.VALUES}
+        if side not in sides:
+            raise ValueError(f"The side is {side!r}, expected 'k' or 'v'.")
+        with self._exclusive(owner=self._owner):
+            return np.frombuffer(
+                self._handle.block(layer, kv_head, sides[side], block), dtype=np.uint8
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session was closed."""
+        return self._handle.closed
+
+    def close(self) -> None:
+        """Frees the cache; a call that is running in another thread is cancelled first."""
+        self._n_cancels += 1
+        self._handle.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.n_tokens} of {self.n_ctx} tokens"
+        return f"<Session of {self.model.info.name}, {self._handle.stats().scheme}, {state}>"
+
+
+def _option(name: str, value: int | None, least: int, unset: int) -> int:
+    """A number for the core, for which `unset` means that it shall choose."""
+    if value is None:
+        return unset
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _INT32_MAX:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {least}.")
+    return value
+
+
+def _token_array(tokens: Tokens, n_vocab: int) -> IntArray:
+    """Checks token ids; returns them as a contiguous array [n]."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"The tokens have shape {ids.shape}, expected [n] with n at least 1.")
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"The tokens are of type {ids.dtype}, expected whole numbers.")
+    wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
+    if wrong.size:
+        at = int(wrong[0])
+        raise ValueError(
+            f"Token {at} of {ids.size} has the id {int(ids[at])}, expected 0 to {n_vocab - 1}."
+        )
+    return np.ascontiguousarray(ids, np.int32)
+
+
+def _logits_array(shape: tuple[int, int], out: FloatArray | None) -> FloatArray:
+    if out is None:
+        return np.empty(shape, np.float32)
+    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(
+            f"The array for the logits is {out.dtype} {list(out.shape)}, expected C-contiguous"
+            f" float32 {list(shape)}."
+        )
+    return out

@@ -1,0 +1,189 @@
+"""Models for tests: small ones with random weights, made here, and real ones where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+
+from pykvq import DownloadError, Model
+
+N_CTX_TRAIN = 2048
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_MERGES = ("t h", "th e", "\u0120 the", "i n", "e r", "a n", "an d", "\u0120 and", "o u", "r e")
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def byte_alphabet() -> list[str]:
+    """How byte-level BPE spells the 256 bytes: those that print as themselves, the rest moved."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    moved = {byte: 0x100 + i for i, byte in enumerate(others)}
+    return [chr(moved.get(byte, byte)) for byte in range(256)]
+
+
+def write_tiny(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    d_head: int = 64,
+    template: bool = True,
+    extra: dict[str, object] | None = None,
+    n_padding: int = 0,
+    n_tensors_left_out: int = 0,
+) -> Path:
+    """Writes a model of 2 layers, width 64, 4 heads and 2 KV heads with random weights.
+
+    Args:
+        path: The file.
+        architecture: "llama" or "qwen2".
+        d_head: Width of a head.
+        template: Whether it has a chat template.
+        extra: Further string, int and float metadata.
+        n_padding: Rows of the embedding beyond the vocabulary.
+        n_tensors_left_out: Tensors at the end of the directory that are missing.
+    """
+    rng = np.random.default_rng(7)
+    n_layers, d_model, d_ff, n_heads, n_kv_heads = 2, 64, 96, 4, 2
+    tokens = [*byte_alphabet(), *(merge.replace(" ", "") for merge in _MERGES), *_SPECIAL]
+    n_vocab = len(tokens)
+    special = n_vocab - len(_SPECIAL)
+
+    writer = GGUFWriter(path, architecture)
+    writer.add_name(f"tiny {architecture}")
+    writer.add_block_count(n_layers)
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_embedding_length(d_model)
+    writer.add_feed_forward_length(d_ff)
+    writer.add_head_count(n_heads)
+    writer.add_head_count_kv(n_kv_heads)
+    writer.add_key_length(d_head)
+    writer.add_value_length(d_head)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * special + [3] * len(_SPECIAL))
+    writer.add_token_merges(list(_MERGES))
+    writer.add_bos_token_id(special)
+    writer.add_eos_token_id(special + 2)
+    writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(CHAT_TEMPLATE)
+    for key, value in (extra or {}).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_int32(key, value)
+        else:
+            writer.add_float32(key, float(str(value)))
+
+    tensors: list[tuple[str, npt.NDArray[np.float32], bool]] = []
+
+    def matrix(name: str, rows: int, columns: int, scale: float = 1.0, q8: bool = True) -> None:
+        weights = rng.normal(0, scale / np.sqrt(columns), (rows, columns)).astype(np.float32)
+        tensors.append((name, weights, q8))
+
+    def vector(name: str, n: int, mean: float) -> None:
+        tensors.append((name, (mean + 0.1 * rng.normal(size=n)).astype(np.float32), False))
+
+    matrix("token_embd.weight", n_vocab + n_padding, d_model, scale=8.0)
+    vector("output_norm.weight", d_model, 1.0)
+    matrix("output.weight", n_vocab + n_padding, d_model, scale=2.0)
+    for layer in range(n_layers):
+        b = f"blk.{layer}."
+        vector(b + "attn_norm.weight", d_model, 1.0)
+        matrix(b + "attn_q.weight", n_heads * d_head, d_model, scale=2.0)
+        matrix(b + "attn_k.weight", n_kv_heads * d_head, d_model, scale=2.0)
+        matrix(b + "attn_v.weight", n_kv_heads * d_head, d_model)
+        matrix(b + "attn_output.weight", d_model, n_heads * d_head)
+        if architecture == "qwen2":
+            vector(b + "attn_q.bias", n_heads * d_head, 0.0)
+            vector(b + "attn_k.bias", n_kv_heads * d_head, 0.0)
+            vector(b + "attn_v.bias", n_kv_heads * d_head, 0.0)
+        vector(b + "ffn_norm.weight", d_model, 1.0)
+        matrix(b + "ffn_gate.weight", d_ff, d_model, q8=False)
+        matrix(b + "ffn_up.weight", d_ff, d_model, q8=False)
+        matrix(b + "ffn_down.weight", d_model, d_ff, q8=False)
+    for name, weights, q8 in tensors[: len(tensors) - n_tensors_left_out]:
+        if q8:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of test data that is not part of the repository."""
+    path = Path(os.environ.get("PYKVQ_DATA") or Path(__file__).parents[1] / "../shared/data")
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent; PYKVQ_DATA names the folder of test data")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama with random weights, heads 64 wide."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Iterator[Model]:
+    """The model of `tiny_path`, to be shared: tests must not close it."""
+    with Model(tiny_path, n_threads=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A qwen2 with random weights, heads 16 wide, and no chat template."""
+    path = tmp_path_factory.mktemp("models") / "tiny-qwen2.gguf"
+    with Model(write_tiny(path, "qwen2", d_head=16, template=False), n_threads=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def stories_model(data_dir: Path) -> Iterator[Model]:
+    """stories260K: a real model of 260,000 weights, trained on stories for children."""
+    path = data_dir / "models" / "stories260K.f32.gguf"
+    if not path.exists():
+        pytest.skip(f"{path} is absent; PYKVQ_DATA names the folder of test data")
+    with Model(path, n_threads=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[Model]:
+    """SmolLM2 135M, where it was fetched before: tests download nothing."""
+    from pykvq.catalogue import resolve
+
+    try:
+        path = resolve("smollm2", offline=True)
+    except DownloadError:
+        pytest.skip("smollm2 is not in the cache; `pykvq pull smollm2` fetches it")
+    with Model(path) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def random_tokens(tiny: Model) -> list[int]:
+    """1000 ids of the tiny models, none of which ends a text."""
+    rng = np.random.default_rng(3)
+    return [int(i) for i in rng.integers(0, 266, 1000)]

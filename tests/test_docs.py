@@ -1,0 +1,62 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_tables_are_the_generated_ones() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "make_tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+    ],
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+#: Who may include whom (docs/how-it-works.md): parts know the parts below them, leaves no sibling.
+LAYERS = {
+    "base.h": set(),
+    "gguf.h": {"base.h"},
+    "weights.h": {"base.h"},
+    "kv_format.h": {"base.h"},
+    "kv_codec.h": {"kv_format.h"},
+    "kv_basis.h": {"base.h"},
+    "kv_scheme.h": {"kv_basis.h", "kv_codec.h"},
+    "kv_ring.h": {"kv_scheme.h"},
+    "isa.h": {"kv_codec.h", "weights.h"},
+    "kv_attend.h": {"isa.h", "kv_ring.h", "pool.h"},
+    "arch.h": {"gguf.h", "weights.h"},
+    "forward.h": {"arch.h", "kv_attend.h"},
+}
+
+
+@pytest.mark.parametrize("header", LAYERS)
+def test_headers_include_only_what_lies_below(header: str) -> None:
+    (path,) = (ROOT / "core").rglob(header)
+    included = {Path(name).name for name in re.findall(r'#include "([^"]+)"', path.read_text())}
+    assert {name for name in included if name.endswith(".h")} - {"kvq.h"} == LAYERS[header]
+
+
+def test_names_of_files_are_unique_in_the_core() -> None:
+    names = [path.name for path in (ROOT / "core").rglob("*.*")]
+    assert sorted(names) == sorted(set(names))
