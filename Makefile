@@ -18,7 +18,7 @@ EXTENSION = pykvq/_native.abi3.so
 PY = $(VENV)/bin/python
 
 .PHONY: help setup run test lib ext pull test-c test-py sanitize fuzz fuzz-libfuzzer lint format \
-        bench-weights clean
+        bench-weights quality tables clean
 help: ## print this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -129,6 +129,13 @@ $(BUILD)/bench_weights: bench/bench_weights.c $(BUILD)/libkvq.a
 
 bench-weights: $(BUILD)/bench_weights ## time the weight products
 	$(BUILD)/bench_weights
+
+quality: ext ## measure what each KV scheme costs, on both models of the catalogue (needs PYKVQ_DATA)
+	$(PY) bench/quality.py smollm2
+	$(PY) bench/quality.py qwen2.5-coder-0.5b
+
+tables: ext ## write the generated tables of README.md and docs/
+	$(PY) docs/make_tables.py
 
 clean: ## remove what was built (the virtual environment and the models stay)
 	rm -rf $(BUILD) dist *.egg-info $(EXTENSION) pykvq/_native.c
