@@ -5,6 +5,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#endif
+
 #if defined(_WIN32)
 #include <windows.h>
 #else
@@ -12,6 +16,14 @@
 #endif
 
 #include "cpu.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+bool kvq_cpu_has_avx2(void) { /* F16C by cpuid: clang's builtin does not know its name */
+    unsigned a, b, c, d;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 static bool always(void) { return true; }
 

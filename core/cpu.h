@@ -2,7 +2,12 @@
 #ifndef KVQ_CPU_H
 #define KVQ_CPU_H
 
+#include <stdbool.h>
+
 int kvq_cpu_count(void); /* online processors */
+
+/* AVX2, FMA and F16C. Asked here, since a file compiled for them must not run before the answer. */
+bool kvq_cpu_has_avx2(void);
 
 /* Bytes that can be had without paging: free memory and what the system holds as a cache of files;
  * the whole memory where the system does not tell. */

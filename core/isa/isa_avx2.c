@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "cpu.h"
 #include "isa/isa.h"
 
 #include "isa/vec_avx2.h"
@@ -16,14 +17,9 @@
 #include "isa/kv_kernels.inl"
 #include "isa/weight_kernels.inl"
 
-static bool supported(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-}
-
 const kvq_isa kvq_isa_avx2 = {
     .name = "avx2",
-    .supported = supported,
+    .supported = kvq_cpu_has_avx2,
     .quantize = quantize,
     .matmul =
         {
