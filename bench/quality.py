@@ -61,9 +61,10 @@ def main() -> None:
             "results": [dataclasses.asdict(result) for result in results],
         }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"quality-{Path(args.model).stem}.json"
+    name = Path(args.model).name.removesuffix(".gguf")
+    path = RESULTS / f"quality-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    print(path, flush=True)
 
 
 if __name__ == "__main__":
