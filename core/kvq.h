@@ -176,8 +176,9 @@ int32_t kvq_session_until_seal(const kvq_session *session);
  * the codes give them back: what was lost in sealing stays lost. */
 kvq_status kvq_session_truncate(kvq_session *session, int32_t n);
 
-/* Stops a running evaluation within one layer's time; it returns KVQ_CANCELLED. Without one running
- * it does nothing. Any thread may call it. */
+/* Stops the running evaluation within one layer's time, or, without one running, the next at its
+ * start (so that no cancellation is lost between two calls); it returns KVQ_CANCELLED. Any thread
+ * may call it. */
 void kvq_session_cancel(kvq_session *session);
 
 void kvq_session_describe(const kvq_session *session, kvq_session_stats *out);

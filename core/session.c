@@ -269,7 +269,6 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
                         "Logits were asked for, but there is no place to put them.");
     }
     const double start = seconds_now();
-    atomic_store(&session->cancelled, 0); /* a cancellation of what ran before is over */
     kvq_pass pass = {.which = which,
                      .cancelled = &session->cancelled,
                      .progress = progress,
@@ -294,6 +293,7 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
                               done, n);
         }
     }
+    atomic_store(&session->cancelled, 0);
     session->seconds_evaluated += seconds_now() - start;
     return status;
 }
