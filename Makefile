@@ -88,7 +88,8 @@ sanitize: $(BUILD)/tests_c_sanitized ## run the tests of the core under ASan and
 
 # ---- fuzzing ------------------------------------------------------------------------------------
 
-FUZZ_C = tests/fuzz/fuzz_gguf.c core/gguf.c core/gguf_part.c core/map.c core/error.c core/weights.c
+FUZZ_C = tests/fuzz/fuzz_gguf.c core/arch.c core/gguf.c core/gguf_part.c core/map.c core/error.c \
+         core/weights.c
 FUZZ_MUTATIONS ?= 200000
 FUZZ_SECONDS ?= 30
 
@@ -99,7 +100,7 @@ $(BUILD)/fuzz_gguf: tests/fuzz/fuzz_main.c $(FUZZ_C) tests/fuzz/fuzz.h $(HEADERS
 	@mkdir -p $(@D)
 	$(CC) $(KVQ_CFLAGS) $(SANITIZE) tests/fuzz/fuzz_main.c $(FUZZ_C) -o $@
 
-fuzz: $(BUILD)/fuzz_gguf $(BUILD)/corpus ## run the GGUF reader over mutated files under sanitizers
+fuzz: $(BUILD)/fuzz_gguf $(BUILD)/corpus ## open mutated GGUF files as models, under sanitizers
 	$(BUILD)/fuzz_gguf --mutate $(FUZZ_MUTATIONS) --seed 1 $(BUILD)/corpus/*
 
 fuzz-libfuzzer: $(BUILD)/corpus ## the same with clang's libFuzzer, for FUZZ_SECONDS (30)

@@ -141,21 +141,17 @@ static kvq_status read_rope(keys *k, kvq_config *c) {
         return kvq_fail(KVQ_ERR_FORMAT, "metadata key %s is %u, expected an even number",
                         key(k, "rope.dimension_count"), c->d_rope);
     }
-    const char *type = "none";
-    size_t length = 4;
-    if ((status = kvq_gguf_get_string(k->file, key(k, "rope.scaling.type"), &type, &length)) !=
-        KVQ_OK) {
-        return status;
-    }
-    if (equals(type, length, "linear")) {
-        return read_positive(k, "rope.scaling.factor", &c->rope_scale);
-    }
-    if (!equals(type, length, "none")) {
+    const char *type = "linear"; /* what files that give only a factor mean */
+    size_t length = 6;
+    status = kvq_gguf_get_string(k->file, key(k, "rope.scaling.type"), &type, &length);
+    if (status != KVQ_OK || equals(type, length, "none")) return status;
+    if (!equals(type, length, "linear")) {
         return kvq_fail(KVQ_ERR_UNSUPPORTED,
                         "metadata key %s is \"%s\"; implemented are none and linear", k->name,
                         kvq_show(type, length).text);
     }
-    return read_positive(k, "rope.scale_linear", &c->rope_scale); /* files of 2023 */
+    status = read_positive(k, "rope.scale_linear", &c->rope_scale); /* files of 2023 */
+    return status == KVQ_OK ? read_positive(k, "rope.scaling.factor", &c->rope_scale) : status;
 }
 
 /* Values that would change the computation in a way that is not implemented. */
@@ -252,6 +248,9 @@ enum {
 #undef KVQ_LAYER_TENSOR
 };
 
+enum { MIN_LAYER_TENSORS = 9 }; /* the REQUIRED rows of a layer */
+_Static_assert(sizeof(kvq_layer) <= MIN_LAYER_TENSORS * 51, "see kvq_arch_bind");
+
 static void make_slots(const kvq_config *c, slot *of_model, slot *of_layer) {
 #define KVQ_MODEL_TENSOR(MEMBER, NAME, COLS, ROWS, NEED)                                           \
     *of_model++ = (slot){NAME, offsetof(kvq_model, MEMBER), COLS, ROWS, NEED};
@@ -330,7 +329,9 @@ kvq_status kvq_arch_bind(kvq_model *model) {
 
     kvq_gguf_tensor t;
     const uint64_t n_tensors = kvq_gguf_tensor_count(model->file);
-    if (c->n_layers > n_tensors) { /* so that nothing is allocated beyond the size of the file */
+    /* A layer's entries in the file (51 bytes or more each) outweigh its kvq_layer, so what is
+     * allocated stays below the size of the file. */
+    if (c->n_layers > n_tensors / MIN_LAYER_TENSORS) {
         return kvq_fail(KVQ_ERR_FORMAT, "metadata: %u layers, but the file has only %llu tensors",
                         c->n_layers, (unsigned long long)n_tensors);
     }

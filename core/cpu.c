@@ -12,6 +12,7 @@
 #if defined(_WIN32)
 #include <windows.h>
 #else
+#include <sched.h>
 #include <unistd.h>
 #endif
 
@@ -91,6 +92,10 @@ int kvq_cpu_count(void) {
     GetSystemInfo(&info);
     return (int)info.dwNumberOfProcessors;
 #else
+#if defined(__linux__)
+    cpu_set_t allowed; /* a container or taskset may grant fewer than there are */
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
     const long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n > 0 ? (int)n : 1;
 #endif

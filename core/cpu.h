@@ -4,7 +4,7 @@
 
 #include <stdbool.h>
 
-int kvq_cpu_count(void); /* online processors */
+int kvq_cpu_count(void); /* processors that this process may use */
 
 /* AVX2, FMA and F16C. Asked here, since a file compiled for them must not run before the answer. */
 bool kvq_cpu_has_avx2(void);

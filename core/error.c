@@ -11,8 +11,10 @@ static _Thread_local char error_sentence[512] = "";
 kvq_status kvq_fail(kvq_status code, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(error_sentence, sizeof error_sentence, format, args);
+    vsnprintf(error_sentence, sizeof error_sentence - 1, format, args);
     va_end(args);
+    const size_t length = strlen(error_sentence);
+    if (length && error_sentence[length - 1] != '.') memcpy(error_sentence + length, ".", 2);
     return code;
 }
 

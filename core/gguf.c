@@ -402,3 +402,5 @@ kvq_status kvq_gguf_get_string(const kvq_gguf *file, const char *key, const char
     *length = (size_t)meta.bytes - 8;
     return KVQ_OK;
 }
+
+const char *kvq_gguf_label(const kvq_gguf *file) { return file->parts[0].label; }

@@ -31,6 +31,9 @@ kvq_status kvq_gguf_open_memory(kvq_gguf **out, const uint8_t *data, size_t byte
 
 void kvq_gguf_close(kvq_gguf *file); /* takes NULL */
 
+/* How error sentences call the file: its path, or the end of a long one. */
+const char *kvq_gguf_label(const kvq_gguf *file);
+
 uint64_t kvq_gguf_meta_count(const kvq_gguf *file);
 void kvq_gguf_meta(const kvq_gguf *file, uint64_t index, kvq_meta *out); /* index < count */
 /* False if the key is absent. */

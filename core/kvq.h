@@ -148,10 +148,11 @@ typedef struct kvq_session_stats {
     int32_t n_tokens_sealed; /* of these, in sealed blocks */
     uint64_t bytes_kv;       /* allocated for the cache: the sum of the three below */
     uint64_t bytes_sinks, bytes_sealed, bytes_recent;
-    uint64_t bytes_scratch;              /* everything else that the session allocated */
+    uint64_t bytes_scratch;              /* what a pass works in */
     double bits_sealed_k, bits_sealed_v; /* per element of a sealed block, metadata included */
-    double bits_full;     /* 8 * bytes_kv over the elements of n_ctx tokens: everything included */
-    double bits_used;     /* the same for the n_tokens held now, sealed blocks counted as filled */
+    /* Bits per element of the whole cache (sinks, sealed blocks, recent rows, all metadata):
+     * bits_full once n_ctx tokens fill it, bits_used for the n_tokens that it holds now. */
+    double bits_full, bits_used;
     uint64_t n_evaluated; /* tokens since the session was opened */
     double seconds_evaluated;
 } kvq_session_stats;
@@ -161,15 +162,20 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
 void kvq_session_close(kvq_session *session); /* takes NULL */
 
 /* Appends tokens[n] to the timeline. Logits (f32) go to logits[n_vocab] for KVQ_LOGITS_LAST, to
- * logits[n][n_vocab] for KVQ_LOGITS_ALL. On an error or a cancellation the cache holds the passes
- * that were completed; stats.n_tokens says how many tokens that is. The result does not depend on
- * the number of threads, nor on how the tokens are cut into calls or passes as long as none of them
- * crosses a token at which a block is sealed (see kvq_session_until_seal). */
+ * logits[n][n_vocab] for KVQ_LOGITS_ALL. On an error or a cancellation the session holds
+ * the tokens of the passes that were completed (stats.n_tokens). A pass that was stopped may have
+ * sealed blocks of earlier tokens sooner than they would have been: up to the whole window, if it
+ * was a long one. Under a lossy scheme their rows are then lost; kvq_session_truncate(0) starts
+ * afresh.
+ *
+ * The result does not depend on the number of threads, nor on how the tokens are cut into calls or
+ * passes as long as none of them crosses a token at which a block is sealed (see
+ * kvq_session_until_seal). */
 kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t n,
                             kvq_logits which, float *logits, kvq_progress progress, void *user);
 
 /* Tokens that can follow before the next block is sealed (at least 1). Passes that do not exceed it
- * read the very cache that token-by-token decoding reads. INT32_MAX if the scheme never seals. */
+ * read the very cache that token-by-token decoding reads. */
 int32_t kvq_session_until_seal(const kvq_session *session);
 
 /* Keeps the first n tokens. When n falls inside a sealed block, that block's rows return to f16 as

@@ -23,7 +23,11 @@
 #define cpu_relax() ((void)0)
 #endif
 
-enum { SPINS = 4000 };
+enum {
+    SPINS = 4000,
+    STACK_BYTES = 2
+        << 20, /* the reference decodes a block on the stack; some systems give 128 KiB */
+};
 
 typedef struct worker {
     kvq_pool *pool;
@@ -122,16 +126,21 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
     pthread_cond_init(&pool->job_posted, NULL);
     pthread_cond_init(&pool->job_done, NULL);
     pool->n_threads = n_threads;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
     for (pool->n_started = 1; pool->n_started < n_threads; pool->n_started++) {
         worker *const w = &pool->workers[pool->n_started];
         *w = (worker){.pool = pool, .number = pool->n_started};
-        if (pthread_create(&w->thread, NULL, worker_main, w) != 0) {
+        if (pthread_create(&w->thread, &attributes, worker_main, w) != 0) {
             kvq_fail(KVQ_ERR_MEMORY, "The system gave only %d of %d threads.", pool->n_started,
                      n_threads);
+            pthread_attr_destroy(&attributes);
             kvq_pool_close(pool);
             return KVQ_ERR_MEMORY;
         }
     }
+    pthread_attr_destroy(&attributes);
     *out = pool;
     return KVQ_OK;
 }

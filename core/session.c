@@ -12,18 +12,21 @@ const char *kvq_version(void) { return KVQ_VERSION; }
 
 /* ---- model ------------------------------------------------------------------------------- */
 
-/* Sentences of arch.c name the tensor or the key; this puts the file in front. */
-static kvq_status name_file(kvq_status status, const char *path) {
+/* Sentences of arch.c name the tensor or the key; this puts the file in front where gguf.c has not.
+ */
+static void name_file(kvq_status status, const char *label) {
     char sentence[400];
     snprintf(sentence, sizeof sentence, "%s", kvq_error());
-    return kvq_fail(status, "%.100s: %s.", path, sentence);
+    if (strncmp(sentence, label, strlen(label)) != 0) kvq_fail(status, "%s: %s", label, sentence);
 }
 
 kvq_status kvq_model_open(kvq_model **out, const char *path) {
     kvq_model *const model = kvq_alloc(sizeof *model);
     if (!model) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory to open %.100s.", path);
     kvq_status status = kvq_gguf_open(&model->file, path);
-    if (status == KVQ_OK && (status = kvq_arch_bind(model)) != KVQ_OK) name_file(status, path);
+    if (status == KVQ_OK && (status = kvq_arch_bind(model)) != KVQ_OK) {
+        name_file(status, kvq_gguf_label(model->file));
+    }
     if (status != KVQ_OK) {
         kvq_model_close(model);
         return status;
@@ -124,7 +127,8 @@ static kvq_status read_options(kvq_session *s, const kvq_session_options *o) {
     status = choose("n_batch", o->n_batch, 0, smaller(512, s->n_ctx), 1, 65536, &s->n_batch);
     if (status != KVQ_OK) return status;
     s->n_batch = smaller(s->n_batch, s->n_ctx);
-    status = choose("n_threads", o->n_threads, 0, kvq_cpu_count(), 1, MOST_THREADS, &s->n_threads);
+    status = choose("n_threads", o->n_threads, 0, smaller(kvq_cpu_count(), MOST_THREADS), 1,
+                    MOST_THREADS, &s->n_threads);
     if (status != KVQ_OK) return status;
     status = choose("sinks", o->sinks, -1, s->scheme->sinks, 0, 4096, &s->sinks);
     if (status != KVQ_OK) return status;

@@ -33,10 +33,15 @@ def test_links_lead_somewhere(page: str) -> None:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
-#: Who may include whom (docs/how-it-works.md): parts know the parts below them, leaves no sibling.
+#: Which headers of the core a header may include (docs/how-it-works.md, "The parts").
 LAYERS = {
     "base.h": set(),
     "gguf.h": {"base.h"},
+    "gguf_part.h": {"gguf.h", "map.h"},
+    "map.h": {"base.h"},
+    "ops.h": {"base.h"},
+    "pool.h": {"base.h"},
+    "cpu.h": set(),
     "weights.h": {"base.h"},
     "kv_format.h": {"base.h"},
     "kv_codec.h": {"kv_format.h"},

@@ -17,6 +17,19 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python (extra `or
 TOKENS = np.random.default_rng(3).integers(0, 256, 200).astype(np.int32)
 
 
+#: The ways in which files say that positions are scaled.
+SCALED: dict[str, dict[str, object]] = {
+    "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    "only a factor": {"llama.rope.scaling.factor": 4.0},
+    "only the old key": {"llama.rope.scale_linear": 4.0},
+    "both keys": {"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0},
+    "none in spite of a factor": {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 4.0,
+    },
+}
+
+
 def with_rope_freqs(source: Path, path: Path) -> Path:
     """The same model with frequency factors, as Llama 3.1 has them."""
     reader = GGUFReader(source)
@@ -37,19 +50,15 @@ def with_rope_freqs(source: Path, path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "wide heads", "rope factors", "linear"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "wide heads", "rope factors", *SCALED])
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("oracle") / "model.gguf"
     if request.param == "qwen2":
         return write_tiny(path, "qwen2", d_head=16)  # llama.cpp wants heads * width = d_model
     if request.param == "wide heads":
         return write_tiny(path, d_head=96)
-    if request.param == "linear":
-        extra: dict[str, object] = {
-            "llama.rope.scaling.type": "linear",
-            "llama.rope.scaling.factor": 4.0,
-        }
-        return write_tiny(path, extra=extra)
+    if request.param in SCALED:
+        return write_tiny(path, extra=SCALED[request.param])
     if request.param == "rope factors":
         return with_rope_freqs(write_tiny(path.with_name("plain.gguf")), path)
     return write_tiny(path)

@@ -1,8 +1,9 @@
 /* isa.h: what an instruction set gives the rest of the core: one const struct of kernels each.
  *
- * A NULL entry inherits the reference (the kvq_run_* functions below choose). The best supported
- * set is chosen once per process; the environment variable KVQ_ISA=ref|avx2|... forces one, and
- * naming one that this build or processor lacks is an error.
+ * A NULL entry inherits the reference (the kvq_run_* functions below choose); the only ones are
+ * those that no scheme uses. The best supported set serves a session; the environment variable
+ * KVQ_ISA=ref|avx2 forces one when the session is opened, and naming one that this build or
+ * processor lacks is an error.
  */
 #ifndef KVQ_ISA_H
 #define KVQ_ISA_H

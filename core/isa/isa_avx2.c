@@ -27,8 +27,15 @@ const kvq_isa kvq_isa_avx2 = {
 #include "weights.def"
 #undef KVQ_WEIGHT
         },
-    .score = {[KVQ_CODEC_f16] = score_f16, [KVQ_CODEC_u2] = score_u2},
-    .accum = {[KVQ_CODEC_f16] = accum_f16, [KVQ_CODEC_c8] = accum_c8},
+    /* The products that schemes have a use for: c8 packs values only, u2 keys only. */
+    .score = {[KVQ_CODEC_f16] = score_f16,
+              [KVQ_CODEC_q8_0] = score_q8_0,
+              [KVQ_CODEC_q4_0] = score_q4_0,
+              [KVQ_CODEC_u2] = score_u2},
+    .accum = {[KVQ_CODEC_f16] = accum_f16,
+              [KVQ_CODEC_q8_0] = accum_q8_0,
+              [KVQ_CODEC_q4_0] = accum_q4_0,
+              [KVQ_CODEC_c8] = accum_c8},
     .score_rows = score_rows,
     .accum_rows = accum_rows,
     .softmax = softmax,

@@ -23,39 +23,60 @@
         if ((n) - first == 1) FUNCTION(1, first);                                                  \
     } while (0)
 
-/* ---- rows of halves: sinks, recent tokens, and the codec f16 ----------------------------- */
+/* ---- rows that decode 8 channels at a time: halves, q8_0, q4_0 ---------------------------- */
 
-KV_INLINE void score_rows_group(const int nq, float *s, const float *q, const uint16_t *rows,
-                                int n_rows, int d) {
-    for (int t = 0; t < n_rows; t++) {
+/* Channels c .. c + 7 of a row, c a multiple of 8. */
+typedef vf load_fn(const uint8_t *row, int c);
+
+KV_INLINE vf load_f16(const uint8_t *row, int c) {
+    return vf_load_f16((const uint16_t *)(const void *)(row + 2 * c));
+}
+
+KV_INLINE vf load_q8_0(const uint8_t *row, int c) {
+    const uint8_t *const group = row + c / 32 * 34;
+    return vf_mul(vf_set(kvq_load_f16(group)), vf_load_i8((const int8_t *)group + 2 + c % 32));
+}
+
+KV_INLINE vf load_q4_0(const uint8_t *row, int c) {
+    const uint8_t *const group = row + c / 32 * 18;
+    const vi bytes = vi_load_u8(group + 2 + c % 16);
+    const vi code = vi_and(c % 32 < 16 ? bytes : vi_shr(bytes, 4), vi_set(15));
+    return vf_mul(vf_set(kvq_load_f16(group)), vf_from_vi(vi_add(code, vi_set(-8))));
+}
+
+KV_INLINE void score_rows_group(const int nq, load_fn *load, float *s, const float *q,
+                                const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
+    for (int t = 0; t < n_rows; t++, rows += row_bytes) {
         vf sum[KV_QUERIES];
         KV_EACH(i, nq) sum[i] = vf_zero();
         for (int c = 0; c < d; c += VF_LANES) {
-            const vf k = vf_load_f16(rows + t * d + c);
+            const vf k = load(rows, c);
             KV_EACH(i, nq) sum[i] = vf_fma(vf_load(q + i * d + c), k, sum[i]);
         }
         KV_EACH(i, nq) s[i * KVQ_BLOCK + t] = vf_sum(sum[i]);
     }
 }
 
-static void score_rows(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d) {
+KV_INLINE void score_rows_any(load_fn *load, float *s, const kvq_query *query, const uint8_t *rows,
+                              size_t row_bytes, int n_rows, int d) {
 #define GROUP(NQ, FIRST)                                                                           \
-    score_rows_group(NQ, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, rows, n_rows, d)
+    score_rows_group(NQ, load, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, rows, row_bytes,   \
+                     n_rows, d)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }
 
-KV_INLINE void accum_rows_group(const int nq, float *o, const float *p, const uint16_t *rows,
-                                int n_rows, int d) {
+KV_INLINE void accum_rows_group(const int nq, load_fn *load, float *o, const float *p,
+                                const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
     for (int c = 0; c < d; c += 2 * VF_LANES) {
         vf a[KV_QUERIES], b[KV_QUERIES];
         KV_EACH(i, nq) {
             a[i] = vf_load(o + i * d + c);
             b[i] = vf_load(o + i * d + c + VF_LANES);
         }
-        for (int t = 0; t < n_rows; t++) {
-            const vf va = vf_load_f16(rows + t * d + c),
-                     vb_ = vf_load_f16(rows + t * d + c + VF_LANES);
+        const uint8_t *row = rows;
+        for (int t = 0; t < n_rows; t++, row += row_bytes) {
+            const vf va = load(row, c), vb_ = load(row, c + VF_LANES);
             KV_EACH(i, nq) {
                 const vf weight = vf_set(p[i * KVQ_BLOCK + t]);
                 a[i] = vf_fma(weight, va, a[i]);
@@ -69,20 +90,36 @@ KV_INLINE void accum_rows_group(const int nq, float *o, const float *p, const ui
     }
 }
 
-static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d) {
+KV_INLINE void accum_rows_any(load_fn *load, float *o, const float *p, int n, const uint8_t *rows,
+                              size_t row_bytes, int n_rows, int d) {
 #define GROUP(NQ, FIRST)                                                                           \
-    accum_rows_group(NQ, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, rows, n_rows, d)
+    accum_rows_group(NQ, load, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, rows, row_bytes, n_rows, d)
     KV_IN_GROUPS(n, GROUP);
 #undef GROUP
 }
 
-static void score_f16(float *s, const kvq_query *query, const uint8_t *block, int d) {
-    score_rows(s, query, (const uint16_t *)(const void *)block, KVQ_BLOCK, d);
+static void score_rows(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d) {
+    const uint8_t *const bytes = (const uint8_t *)(const void *)rows;
+    score_rows_any(load_f16, s, query, bytes, (size_t)d * 2, n_rows, d);
 }
 
-static void accum_f16(float *o, const float *p, int n, const uint8_t *block, int d) {
-    accum_rows(o, p, n, (const uint16_t *)(const void *)block, KVQ_BLOCK, d);
+static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d) {
+    const uint8_t *const bytes = (const uint8_t *)(const void *)rows;
+    accum_rows_any(load_f16, o, p, n, bytes, (size_t)d * 2, n_rows, d);
 }
+
+/* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. */
+#define ROW_CODEC(NAME, ROW_BYTES)                                                                 \
+    static void score_##NAME(float *s, const kvq_query *query, const uint8_t *block, int d) {      \
+        score_rows_any(load_##NAME, s, query, block, ROW_BYTES, KVQ_BLOCK, d);                     \
+    }                                                                                              \
+    static void accum_##NAME(float *o, const float *p, int n, const uint8_t *block, int d) {       \
+        accum_rows_any(load_##NAME, o, p, n, block, ROW_BYTES, KVQ_BLOCK, d);                      \
+    }
+
+ROW_CODEC(f16, (size_t)d * 2)
+ROW_CODEC(q8_0, (size_t)d / 32 * 34)
+ROW_CODEC(q4_0, (size_t)d / 32 * 18)
 
 /* ---- u2: 2-bit keys ---------------------------------------------------------------------- */
 

@@ -15,34 +15,37 @@
 #define KVQ_D_UNIT 16 /* channels */
 #define KVQ_D_MAX 512 /* widest head */
 
+/* clang-format off */
 /* f16: half rows[64][d]
  *
  * q8_0: per token d/32 of { half scale; int8 q[32] }, as ggml's block_q8_0
+ *
  * q4_0: per token d/32 of { half scale; uint8 q[16] }, as ggml's block_q4_0: byte i holds channel i
- * in its low and channel i + 16 in its high half; value = scale * (code - 8)
+ *     in its low and channel i + 16 in its high half; value = scale * (code - 8)
  *
  * u2: keys. value[t][c] = mean[c] + a[t] * b[c] * (code[t][c] - 1.5), code in 0..3
- *     +---------+---------+---------+-------+-------------+-----------+-----------+----------------+
- *     | half mu | half au | half bu | u16 0 | uint8 A[64] | int8 M[d] | uint8 B[d]| codes: 16 * d |
- *     +---------+---------+---------+-------+-------------+-----------+-----------+----------------+
- *     mean[c] = mu * M[c], a[t] = au * A[t], b[c] = bu * B[c]
- *     codes: [token / 8][channel / 16][token % 8][byte b = 0..3], bits 2j of byte b: channel 4j +
- * b. One 32-byte load is 8 tokens by 16 channels; shifted by 2j and masked, each 32-bit lane holds
- * the 4 consecutive channels 4j..4j+3 of one token, the shape that a 4-way integer dot product
- * takes.
  *
- * c8: values. Channels i and i + 8 of each 16 make a pair; a pair is one of 8 points of a plane (3
- * bits, so 1.5 bits per value) times the token's scale.
- *     +---------+--------+--------------+--------------------------------------------------+
- *     | half ss | u16 0  | uint8 st[64] | words: 12 * d bytes                              |
- *     +---------+--------+--------------+--------------------------------------------------+
- *     value[t][c] = ss * st[t] * point[code[t][pair]].{x: channel i, y: channel i + 8}
+ *     | half mu | half au | half bu | u16 0 | u8 A[64] | i8 M[d] | u8 B[d] | codes: 16 * d bytes |
+ *
+ *     mean[c] = mu * M[c],  a[t] = au * A[t],  b[c] = bu * B[c]
+ *     codes: [token / 8][channel / 16][token % 8][byte k = 0..3], bits 2j of byte k: channel 4j + k
+ *     One 32-byte load is 8 tokens by 16 channels; shifted by 2j and masked, each 32-bit lane holds
+ *     channels 4j..4j+3 of one token, the shape that a 4-way integer dot product takes.
+ *
+ * c8: values. Channels i and i + 8 of each 16 make a pair; a pair is one of 8 points of a plane
+ *     (3 bits, so 1.5 bits per value) times the token's scale.
+ *
+ *     | half su | u16 0 | u8 S[64] | words: 12 * d bytes |
+ *
+ *     value[t][c] = su * S[t] * point[code[t][pair]], x for channel i and y for channel i + 8
  *     words: [channel / 16][token / 32][word w = 0..2][pair i = 0..7] of 32 bits. A word holds, for
- * its pair, the codes of ten tokens (t = 10w .. 10w + 9) in bits 3(t - 10w); the two bits left over
- * in each of the three words hold tokens 30 and 31: token 30 = w0[31:30] | w1[30] << 2        token
- * 31 = w1[31] | w2[31:30] << 1 so 32 codes take exactly 96 bits, and decoding is a shift and a
- * table look-up per 8 pairs.
+ *     its pair, the codes of ten tokens (t = 10w .. 10w + 9) in bits 3(t - 10w); the two bits left
+ *     over in each of the three words hold tokens 30 and 31:
+ *         token 30 = w0[31:30] | w1[30] << 2
+ *         token 31 = w1[31] | w2[31:30] << 1
+ *     So 32 codes take exactly 96 bits; decoding is a shift and a table look-up per 8 pairs.
  */
+/* clang-format on */
 #define KVQ_U2_HEADER 72 /* bytes before the means */
 #define KVQ_C8_HEADER 68 /* bytes before the words */
 

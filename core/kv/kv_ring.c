@@ -1,6 +1,8 @@
 /* kv_ring.c: the ring of one layer: append, seal, truncate. */
 #include "kv/kv_ring.h"
 
+static int smaller(int a, int b) { return a < b ? a : b; }
+
 /* Takes a part and adds what it really occupies to *count. */
 static void *take(kvq_arena *arena, size_t *count, size_t bytes) {
     const size_t before = arena->used;
@@ -12,7 +14,9 @@ static void *take(kvq_arena *arena, size_t *count, size_t bytes) {
 void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes,
                       const kvq_scheme *scheme, bool key_bias, int n_heads, int d_head, int sinks,
                       int window, int n_ctx) {
-    const int d = kvq_padded_width(d_head), unsealed = sinks + window;
+    const int d = kvq_padded_width(d_head);
+    sinks = sinks < n_ctx ? sinks : n_ctx; /* no more rows than there can be tokens */
+    const int after_sinks = n_ctx - sinks, most_recent = smaller(window, after_sinks) + KVQ_BLOCK;
     *ring = (kvq_ring){
         .codec = {scheme->codec_k, scheme->codec_v},
         .basis = {key_bias ? scheme->basis_k_biased : scheme->basis_k, scheme->basis_v},
@@ -20,8 +24,8 @@ void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes,
         .d = d,
         .sinks = sinks,
         .window = window,
-        .max_blocks = n_ctx > unsealed ? (n_ctx - unsealed) / KVQ_BLOCK : 0,
-        .recent_rows = (int)kvq_round_up((size_t)window + KVQ_BLOCK, KVQ_BLOCK),
+        .max_blocks = after_sinks > window ? (after_sinks - window) / KVQ_BLOCK : 0,
+        .recent_rows = (int)kvq_round_up((size_t)most_recent, KVQ_BLOCK),
     };
     const size_t heads = (size_t)n_heads, row = (size_t)d * 2;
     for (int side = 0; side < KVQ_SIDES; side++) {

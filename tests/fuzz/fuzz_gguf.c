@@ -1,13 +1,13 @@
 /* fuzz_gguf.c: opens any bytes as a GGUF file, uses every function of the reader on what it
- * accepts, and checks what gguf.h promises of the answers. An entry point for libFuzzer and for
- * fuzz_main.c. */
+ * accepts, binds it as a model, and checks what gguf.h and arch.h promise of the answers. An entry
+ * point for libFuzzer and for fuzz_main.c. */
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "arch.h"
 #include "fuzz.h"
-#include "gguf.h"
 
-unsigned long fuzz_accepted;
+unsigned long fuzz_accepted, fuzz_bound;
 
 #define CHECK(condition)                                                                           \
     do {                                                                                           \
@@ -118,6 +118,24 @@ static void check_tensors(const kvq_gguf *file, span all) {
     CHECK(bytes <= all.bytes);
 }
 
+/* What is a sound file may still be no model; if it is one, every tensor that it binds was checked.
+ */
+static void bind_model(kvq_gguf *file, span all) {
+    kvq_model model = {.file = file};
+    if (kvq_arch_bind(&model) != KVQ_OK) {
+        check_error();
+    } else {
+        const kvq_config *const c = &model.config;
+        CHECK(c->n_layers > 0 && c->n_heads % c->n_kv_heads == 0 && c->d_rope <= c->d_head);
+        for (uint32_t i = 0; i < c->n_layers; i++) {
+            const kvq_tensor *const down = &model.layers[i].ffn_down;
+            CHECK(inside(all, down->data, (uint64_t)down->rows * down->row_bytes));
+        }
+        fuzz_bound++;
+    }
+    kvq_free(model.layers);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     kvq_gguf *file = NULL;
     if (kvq_gguf_open_memory(&file, data, bytes) != KVQ_OK) {
@@ -128,6 +146,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     const span all = {data, bytes};
     check_metadata(file, all);
     check_tensors(file, all);
+    bind_model(file, all);
     kvq_meta meta;
     kvq_gguf_tensor tensor;
     CHECK(!kvq_gguf_find(file, "", &meta) && !kvq_gguf_find_tensor(file, "", &tensor));

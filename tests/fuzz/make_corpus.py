@@ -4,8 +4,8 @@ Usage: make_corpus.py FOLDER
 
 The files come from the `gguf` package, an implementation of the format that is independent of the
 reader under test. They are the same bytes at every run, and together cover: both versions, every
-type of value, arrays, vocabularies, tensors of 1 to 4 dimensions and of many types, an alignment of
-its own, no tensors, and a lone header.
+type of value, arrays, vocabularies, a whole model, tensors of 1 to 4 dimensions and of many types,
+an alignment of its own, no tensors, and a lone header.
 """
 
 from __future__ import annotations
@@ -81,6 +81,33 @@ def _many(writer: GGUFWriter) -> None:
         writer.add_tensor(f"blk.{i * 11 % 30}.norm", np.ones(1, dtype=np.float32))
 
 
+def _model(writer: GGUFWriter) -> None:
+    """A llama of one layer that the core would open."""
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(12)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    shapes = {
+        "token_embd": (6, 8),
+        "output_norm": (8,),
+        "blk.0.attn_norm": (8,),
+        "blk.0.attn_q": (8, 8),
+        "blk.0.attn_k": (4, 8),
+        "blk.0.attn_v": (4, 8),
+        "blk.0.attn_output": (8, 8),
+        "blk.0.ffn_norm": (8,),
+        "blk.0.ffn_gate": (12, 8),
+        "blk.0.ffn_up": (12, 8),
+        "blk.0.ffn_down": (8, 12),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+
+
 def _nothing(writer: GGUFWriter) -> None:
     """Leaves the architecture, which the writer adds by itself, as the only metadata."""
 
@@ -88,6 +115,7 @@ def _nothing(writer: GGUFWriter) -> None:
 CONTENTS: dict[str, Callable[[GGUFWriter], None]] = {
     "aligned": _aligned,
     "many": _many,
+    "model": _model,
     "nothing": _nothing,
     "quantized": _quantized,
     "tensors": _tensors,
