@@ -1,12 +1,12 @@
 # pykvq: every task by name. `make` prints the list.
 PYTHON ?= python3
-VENV ?= .venv
-BUILD ?= build
-export BUILD
+VENV = .venv
+BUILD = build
+WERROR = -Werror
 
 CFLAGS ?= -O3 -g
 KVQ_CFLAGS = -std=c11 -D_GNU_SOURCE -fPIC -ffp-contract=off -fvisibility=hidden \
-             -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Icore $(CFLAGS)
+             -Wall -Wextra $(WERROR) -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Icore $(CFLAGS)
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 LIBS = -lm -lpthread
 
@@ -18,7 +18,7 @@ EXTENSION = pykvq/_native.abi3.so
 PY = $(VENV)/bin/python
 
 .PHONY: help setup run test lib ext pull test-c test-py sanitize fuzz fuzz-libfuzzer lint format \
-        bench-weights quality tables clean
+        bench-weights quality accuracy tables clean
 help: ## print this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -134,6 +134,10 @@ bench-weights: $(BUILD)/bench_weights ## time the weight products
 quality: ext ## measure what each KV scheme costs, on both models of the catalogue (needs PYKVQ_DATA)
 	$(PY) bench/quality.py smollm2
 	$(PY) bench/quality.py qwen2.5-coder-0.5b
+
+accuracy: ext ## measure how near the logits are to float32, ours and llama.cpp's (needs PYKVQ_DATA)
+	$(PY) bench/accuracy.py smollm2
+	$(PY) bench/accuracy.py qwen2.5-coder-0.5b
 
 tables: ext ## write the generated tables of README.md and docs/
 	$(PY) docs/make_tables.py

@@ -49,6 +49,7 @@ def quality() -> str:
     parts = []
     for path in sorted((ROOT / "bench" / "results").glob("quality-*.json")):
         record = json.loads(path.read_text())
+        card = json.loads((ROOT / "models" / path.name.removeprefix("quality-")).read_text())
         rows = [
             [
                 f"`{r['kv']}`",
@@ -60,7 +61,8 @@ def quality() -> str:
             for r in record["results"]
         ]
         parts.append(
-            f"{record['model']}: {record['results'][0]['tokens']} tokens scored, "
+            f"{card['title']} {card['quantization']}: "
+            f"{record['results'][0]['tokens']} tokens scored, "
             f"{record['date']}, `{record['command']}`, {record['machine']}.\n\n"
             + table(["cache", "bits", "perplexity", "mean KL", "same top-1"], rows)
         )
