@@ -41,7 +41,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c '$(PYTHON_COMPLETE)' 2>/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "$(PYTHON) lacks venv or its headers: installing python3-venv and python3-dev"; \
-		apt-get update -qq && apt-get install -y -qq python3-venv python3-dev; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv python3-dev; \
 	else \
 		echo "$(PYTHON) lacks venv or its headers; on Debian: sudo apt-get install python3-venv python3-dev"; \
 		exit 1; \

@@ -71,21 +71,29 @@ def resolve(
         DownloadError: If the model is known but cannot be had.
     """
     text = os.fspath(name)
+    if not text:
+        raise ModelNotFoundError(f"The name of the model is empty; expected is {_expected()}.")
     path = Path(text).expanduser()
     if path.is_file():
         return path
-    if _looks_like_path(text, path):
-        found = "a directory" if path.is_dir() else "not there"
-        raise ModelNotFoundError(f"The model file {text} is {found}; a GGUF file was expected.")
-    card = cards().get(text.lower())
+    card = None if _looks_like_path(text, path) else cards().get(text.lower())
     if card is not None:
         return fetch(card.artifact, progress=progress, offline=offline)
+    if path.exists():
+        found = "a directory, not" if path.is_dir() else "not"
+        raise ModelNotFoundError(f"The model file {text} is {found} a regular file.")
+    if _looks_like_path(text, path):
+        raise ModelNotFoundError(f"The model file {text} is not there; a GGUF file was expected.")
     hub = _HUB_NAME.fullmatch(text)
     if hub is not None:
         return fetch_from_hub(hub["repo"], hub["quant"], progress=progress, offline=offline)
-    raise ModelNotFoundError(
-        f"The model {text!r} is not known; expected is the path of a GGUF file, user/repository of"
-        f" the Hugging Face hub, or one of: {', '.join(sorted(cards()))}."
+    raise ModelNotFoundError(f"The model {text!r} is not known; expected is {_expected()}.")
+
+
+def _expected() -> str:
+    return (
+        "the path of a GGUF file, user/repository of the Hugging Face hub, or one of:"
+        f" {', '.join(sorted(cards()))}"
     )
 
 

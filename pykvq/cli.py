@@ -12,10 +12,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pykvq import cli_options as options
-from pykvq.console import UsageError, fail, warn
+from pykvq.console import UsageError, fail, nowhere, warn
 from pykvq.errors import KvqError
 
 #: Exit statuses: an error the user can mend; Ctrl-C; the reader of stdout has gone.
@@ -29,6 +29,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:]}; see `{self.prog} --help`.")
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """No option is a prefix of what is given: -ngl is an unknown flag and not `-n gl`."""
+        return []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +76,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_prompt(parser)
     options.add_generation(parser)
-    options.add_session(parser)
+    options.add_session(
+        parser, f"{options.RUN_CONTEXT}, or what prompt and -n need, at most as it was trained"
+    )
     options.add_sampling(parser)
     options.add_json(parser)
 
@@ -87,7 +93,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_system(parser)
     options.add_length(parser)
-    options.add_session(parser)
+    options.add_session(parser, f"{options.CHAT_CONTEXT}, at most as it was trained")
     options.add_sampling(parser)
 
 
@@ -99,7 +105,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, default=None)
-    options.add_context(parser)
+    options.add_context(parser, "as it was trained")
     options.add_json(parser)
 
 
@@ -126,7 +132,9 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_prompt(parser)
     options.add_perplexity(parser)
-    options.add_session(parser, many=True)
+    options.add_session(
+        parser, f"{options.PERPLEXITY_CONTEXT}, at most as it was trained", many=True
+    )
     options.add_json(parser)
 
 
@@ -167,9 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; by default those of the process.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a stream that is not a text file
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _prepare_streams()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: warn(str(message))
@@ -191,9 +197,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_ERROR
 
 
+def _prepare_streams() -> None:
+    """Makes the standard streams exist, and none of them fail over a character."""
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),  # what is not UTF-8 is found where a text is expected
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "replace"),
+    ):
+        if getattr(sys, name) is None:  # the process was started with it closed
+            setattr(sys, name, nowhere(mode))
+        with contextlib.suppress(AttributeError):  # a stream that is not a text file
+            getattr(sys, name).reconfigure(errors=errors)
+
+
 def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(options.unknown_arguments(unknown, args.command))
     if args.command is None:
         parser.print_help()
         return EXIT_ERROR

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from pykvq.sampling_params import SamplingParams
     from pykvq.session import Session
 
-#: Tokens of context that `run` and `chat` open if -c says nothing and the model allows it.
-_RUN_CONTEXT = 4096
-_CHAT_CONTEXT = 8192
 #: Left for the answer to a long prompt if -n says nothing.
 _ANSWER = 1024
 
 EXIT_INTERRUPTED = 130
+
+_EMPTY = "The prompt is empty, expected some text."
+_COMMANDS = "/reset begins anew, /exit or Ctrl-D ends, /help says this, Ctrl-C interrupts"
 
 
 # ---- run ------------------------------------------------------------------------------------
@@ -38,20 +38,19 @@ def run(args: argparse.Namespace) -> int:
         ids, form = _encode(args, model, prompt)
         limit = options.max_tokens(args)
         needed = len(ids) + (_ANSWER if limit is None else limit)
-        n_ctx = options.context_size(args, model, max(_RUN_CONTEXT, needed))
+        n_ctx = options.context_size(args, model, max(options.RUN_CONTEXT, needed))
         with options.checked():
             session = model.session(n_ctx=n_ctx)
-        _announce(model, session, form)
-        with options.checked():
             stream = session.generate(
                 ids, limit, params=params, stop=args.reverse_prompt, stream=True
             )
+        _announce(model, session, form)
         interrupted = _write(stream, quiet=args.json)
         result = stream.result
         if args.json:
             print(json.dumps(_as_json(model, session, result)), flush=True)
         _conclude(result, session.stats)
-        if result.finish_reason == "length" and limit != len(result.tokens):
+        if _is_cut(result, limit):
             warn(f"The context of {n_ctx} tokens is full; a larger one can be had with -c.")
     return EXIT_INTERRUPTED if interrupted else 0
 
@@ -62,6 +61,8 @@ def _encode(args: argparse.Namespace, model: Model, prompt: str) -> tuple[list[i
 
     chat = model.has_chat_template if args.conversation is None else args.conversation
     if chat:
+        if not prompt:
+            raise UsageError(_EMPTY)
         messages = [*_system(args), {"role": "user", "content": prompt}]
         text, form = model.chat_template.render(messages), "answering by the chat template"
     elif args.system_prompt is not None:
@@ -70,7 +71,7 @@ def _encode(args: argparse.Namespace, model: Model, prompt: str) -> tuple[list[i
         text, form = prompt, "continuing the text"
     ids = encode_chat(model.tokenizer, text)
     if not ids:
-        raise UsageError("The prompt is empty, expected some text.")
+        raise UsageError(_EMPTY)
     return ids, form
 
 
@@ -108,11 +109,18 @@ def _write(stream: Stream, quiet: bool = False) -> bool:
     return interrupted
 
 
+def _is_cut(result: Generation, limit: int | None) -> bool:
+    """Whether the context was full before the text had ended."""
+    return result.finish_reason == "length" and limit != len(result.tokens)
+
+
 def _conclude(result: Generation, cache: SessionStats) -> None:
     done = result.stats
     reused = f" ({done.n_reused} reused)" if done.n_reused else ""
+    held = done.n_reused + done.n_evaluated
+    stopped_at = f"{held} of " if held < done.n_prompt else ""
     notice(
-        f"prompt {done.n_prompt} tokens{reused}, {done.prompt_per_second:.1f}/s;"
+        f"prompt {stopped_at}{done.n_prompt} tokens{reused}, {done.prompt_per_second:.1f}/s;"
         f" written {done.n_generated} tokens, {done.decode_per_second:.1f}/s;"
         f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens,"
         f" {cache.bits_full:.2f} bits per element; seed {result.seed}."
@@ -145,10 +153,10 @@ def chat(args: argparse.Namespace) -> int:
     """Talks until /exit or the end of stdin."""
     with options.open_model(args, kv=args.kv, **options.session_options(args)) as model:
         params = options.sampling_params(args, model.sampling_defaults)
-        n_ctx = options.context_size(args, model, _CHAT_CONTEXT)
+        n_ctx = options.context_size(args, model, options.CHAT_CONTEXT)
         with options.checked():
             session = model.session(n_ctx=n_ctx)
-        _announce(model, session, "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C interrupts")
+        _announce(model, session, _COMMANDS)
         conversation = _Conversation(args, model, session, params)
         interactive = sys.stdin.isatty()
         while True:
@@ -158,6 +166,8 @@ def chat(args: argparse.Namespace) -> int:
                     return 0
                 if line.strip() == "/reset":
                     conversation.reset()
+                elif line.strip() == "/help":
+                    notice(f"{_COMMANDS}.")
                 elif line.strip():
                     conversation.answer(line)
             except EOFError:
@@ -192,14 +202,16 @@ class _Conversation:
         Raises:
             KeyboardInterrupt: Ctrl-C ended the answer; what there is of it counts as the answer.
         """
+        options.check_line(line)
         messages = [*self._messages, {"role": "user", "content": line}]
         text = self._model.chat_template.render(messages)
         ids = self._encode(text)
+        limit = options.max_tokens(self._args)
         try:
             with options.checked():
                 stream = self._session.generate(
                     ids,
-                    options.max_tokens(self._args),
+                    limit,
                     params=self._params,
                     stop=self._args.reverse_prompt,
                     stream=True,
@@ -215,6 +227,11 @@ class _Conversation:
         self._messages = [*messages, {"role": "assistant", "content": result.text}]
         self._text, self._ids = text + result.text, ids + result.tokens
         _conclude(result, self._session.stats)
+        if _is_cut(result, limit):
+            warn(
+                f"The answer was cut, because the context of {self._session.n_ctx} tokens is full;"
+                " /reset begins a new conversation, -c gives more room."
+            )
         if interrupted:
             raise KeyboardInterrupt
 

@@ -9,10 +9,11 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pykvq.checks import SESSION_RANGES
 from pykvq.console import ProgressBar, UsageError, warn
 
 if TYPE_CHECKING:
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 #: The model that is used where none is named.
 DEFAULT_MODEL = "smollm2"
 DEFAULT_KV = "skvq"
+
+#: Tokens of context that the commands open if -c says nothing and the model allows it.
+RUN_CONTEXT = 4096
+CHAT_CONTEXT = 8192
+PERPLEXITY_CONTEXT = 512  # as llama.cpp's llama-perplexity
+
+#: Flags of llama.cpp whose task is done by other ones here.
+_INSTEAD = {
+    "--kv": ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"),
+    "a model by position or -m": ("-hf", "-hfr", "--hf-repo"),
+}
 
 
 @contextlib.contextmanager
@@ -33,7 +45,39 @@ def checked() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def _count(least: int) -> Any:
+def unknown_arguments(arguments: Sequence[str], command: str | None) -> str:
+    """The sentence about arguments that the command does not know, of which there are some."""
+    flags = [a for a in arguments if re.match(r"-[^\d.]", a)] or arguments[:1]
+    flag = flags[0].split("=")[0]
+    what = f"The flag {flag} is unknown" if flag[:1] == "-" else f"{flag!r} was not expected"
+    hints = [f"use {other}" for other, theirs in _INSTEAD.items() if flag in theirs]
+    see = f"see `pykvq {command} --help`" if command else "see `pykvq --help`"
+    return "; ".join([what, *hints, see]) + "."
+
+
+def _text(text: str) -> str:
+    """A type for argparse: a text for a model."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(_not_utf8(text, error)) from None
+    return text
+
+
+def _not_utf8(text: str, error: UnicodeEncodeError) -> str:
+    # Bytes of arguments and lines that are not UTF-8 come as surrogates from U+DC80 on.
+    return f"the text is not UTF-8: character {error.start} is {text[error.start]!a}"
+
+
+def check_line(line: str) -> None:
+    """Requires that a line of a conversation was UTF-8."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"In a line of stdin {_not_utf8(line, error)}.") from None
+
+
+def _count(least: int, most: int | None = None) -> Any:
     """A type for argparse: a whole number from `least` on."""
 
     def parse(text: str) -> int:
@@ -43,6 +87,8 @@ def _count(least: int) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is above {most}, the most that is possible")
         return value
 
     return parse
@@ -74,21 +120,24 @@ def model_name(args: argparse.Namespace) -> str | None:
         raise UsageError(
             f"Two models are named, {args.model} and {args.model_option}, but one was expected."
         )
-    name: str | None = args.model or args.model_option or args.default_model
-    return name
+    named = (args.model, args.model_option, args.default_model)
+    return next((name for name in named if name is not None), None)
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """Where a text comes from."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", metavar="TEXT", help="the text")
+    source.add_argument("-p", "--prompt", type=_text, metavar="TEXT", help="the text")
     source.add_argument(
         "-f", "--file", metavar="PATH", help="read the text from a file (default: from stdin)"
     )
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text that -p, -f or stdin gives; of a file without the line break that ends it."""
+    """The text that -p, -f or stdin gives.
+
+    Of a file without the line break that ends it and the byte order mark that some begin with.
+    """
     if args.prompt is not None:
         prompt: str = args.prompt
         return prompt
@@ -99,7 +148,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     else:
         name, data = "stdin", sys.stdin.buffer.read()
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8").removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"The text of {name} is not UTF-8: byte {error.start} is {data[error.start]:#04x}."
@@ -114,21 +163,27 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 # ---- sessions -------------------------------------------------------------------------------
 
 
-def add_context(parser: argparse._ActionsContainer) -> None:
-    """The size of the context."""
+def add_context(parser: argparse._ActionsContainer, default: str) -> None:
+    """The size of the context; `default` says which one is taken otherwise."""
     parser.add_argument(
         "-c",
         "--ctx-size",
-        type=_count(0),
+        type=_count(0, SESSION_RANGES["n_ctx"][1]),
         metavar="N",
-        help="tokens of context; 0: as the model was trained (default: chosen by the command)",
+        help=f"tokens of context; 0: as the model was trained (default: {default})",
     )
 
 
-def add_session(parser: argparse.ArgumentParser, many: bool = False) -> None:
-    """The KV cache and the work on it; `many` allows several schemes, divided by commas."""
+def add_session(parser: argparse.ArgumentParser, context: str, many: bool = False) -> None:
+    """The KV cache and the work on it.
+
+    Args:
+        parser: What to add them to.
+        context: The size of the context that is taken if none is given, in words.
+        many: Whether to allow several schemes, divided by commas.
+    """
     group = parser.add_argument_group("KV cache and threads")
-    add_context(group)
+    add_context(group, context)
     names = "names of KV schemes, divided by commas" if many else "KV scheme"
     group.add_argument(
         "--kv",
@@ -200,6 +255,8 @@ def add_length(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "-r",
         "--reverse-prompt",
+        "--stop",
+        type=_text,
         action="append",
         default=[],
         metavar="TEXT",
@@ -210,7 +267,11 @@ def add_length(parser: argparse._ActionsContainer) -> None:
 def add_system(parser: argparse._ActionsContainer) -> None:
     """The system message of a conversation."""
     parser.add_argument(
-        "-sys", "--system-prompt", metavar="TEXT", help="system message of the conversation"
+        "-sys",
+        "--system-prompt",
+        type=_text,
+        metavar="TEXT",
+        help="system message of the conversation",
     )
 
 
@@ -324,6 +385,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dry-sequence-breaker",
         dest="dry_sequence_breakers",
+        type=_text,
         action="append",
         metavar="TEXT",
         help="repetitions end here, in place of the default ones; several times, or 'none'",
@@ -395,5 +457,6 @@ def add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="read as if token by token, so that every score goes through the sealed cache",
+        help="read as if token by token, so that every score goes through the sealed cache;"
+        " without it passes of -b tokens see their own tokens in f16",
     )

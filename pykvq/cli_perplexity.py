@@ -9,19 +9,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pykvq import cli_options as options
-from pykvq.console import ProgressBar, UsageError, notice
+from pykvq.console import ProgressBar, UsageError, notice, warn
 
 if TYPE_CHECKING:
     from pykvq.perplexity import PerplexityResult
-
-#: As llama.cpp's llama-perplexity.
-_CONTEXT = 512
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures what KV schemes cost on a text."""
     from pykvq import native
-    from pykvq.perplexity import perplexity
+    from pykvq.perplexity import REFERENCE, perplexity
 
     names = [name.strip() for name in args.kv.split(",") if name.strip()]
     if not names:
@@ -30,11 +27,7 @@ def run(args: argparse.Namespace) -> int:
         native.check_scheme(name)
     text = options.read_prompt(args)
     with options.open_model(args) as model, ProgressBar() as progress:
-        n_ctx = options.context_size(args, model, _CONTEXT)
-        notice(
-            f"{model.info.name}; {native.isa_selected()}; chunks of {n_ctx} tokens,"
-            f" {'token by token' if args.stream else 'read as prompts'}; scored is the second half."
-        )
+        n_ctx = options.context_size(args, model, options.PERPLEXITY_CONTEXT)
         start = time.perf_counter()
         with options.checked():
             results = perplexity(
@@ -49,6 +42,16 @@ def run(args: argparse.Namespace) -> int:
                 **options.session_options(args),
             )
         seconds = time.perf_counter() - start
+        notice(
+            f"{model.info.name}; {native.isa_selected()}; chunks of {n_ctx} tokens,"
+            f" {'token by token' if args.stream else 'read as prompts'}; scored is the second half."
+        )
+        if not args.stream and any(name != REFERENCE for name in names):
+            n_batch = min(n_ctx, args.batch_size or 512)
+            warn(
+                f"Passes of {n_batch} tokens see their own tokens in f16, so that little or nothing"
+                " may have been read from sealed blocks; --stream measures the sealed cache."
+            )
         about = {"model": model.info.name, "n_ctx": n_ctx, "stream": args.stream}
     if args.json:
         rows = [asdict(result) for result in results]

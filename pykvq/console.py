@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO, cast
 
-if TYPE_CHECKING:
-    from types import TracebackType
+from pykvq.closing import Closing
 
 #: What takes less than so many seconds gets no progress bar.
 _PATIENCE = 1.0
@@ -33,7 +33,15 @@ def fail(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    print(f"pykvq: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"pykvq: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # stderr is full, or closed: what goes to stdout matters more
+        sys.stderr = nowhere("w")
+
+
+def nowhere(mode: str) -> TextIO:
+    """A stream in place of one that the process does not have."""
+    return cast("TextIO", open(os.devnull, mode, encoding="utf-8"))
 
 
 def size(n_bytes: int) -> str:
@@ -45,7 +53,7 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB"
 
 
-class ProgressBar:
+class ProgressBar(Closing):
     """A bar on stderr, for anything that takes over a second, if a person is looking.
 
     It is called as a `pykvq.model.Progress`: (what, how much is done, of how much).
@@ -91,14 +99,3 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._what = None
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

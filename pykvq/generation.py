@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
+from pykvq.checks import whole_number
+from pykvq.closing import Closing
 from pykvq.errors import Cancelled, ContextError
 from pykvq.sampling import Sampler, StopStrings, logprob, top_logprobs
 from pykvq.sampling_params import SamplingParams
@@ -63,6 +65,10 @@ def merge_sampling(base: SamplingParams, options: SamplingOptions) -> SamplingPa
     """
     if not options:
         return base
+    for name in options:
+        if name not in SamplingOptions.__annotations__:
+            known = ", ".join(SamplingOptions.__annotations__)
+            raise TypeError(f"There is no sampling parameter {name!r}; known are: {known}.")
     fields = dict(options)
     if "temperature" in fields:
         if "temp" in fields:
@@ -88,11 +94,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a text that is being written; `str` of it gives the text.
+    """A piece of a text that is being written: `print(chunk.text, end="")` shows it.
+
+    `str(chunk)` is its text too, so that pieces can be printed and formatted as they are.
 
     Attributes:
-        text: What can be shown now. It may be empty: of a character that is spread over tokens,
-            and of what may become a stop string, nothing is shown until it is complete.
+        text: What can be shown now, a str. It may be empty: of a character that is spread over
+            tokens, and of what may become a stop string, nothing is shown until it is complete.
         token: The token that was chosen; None for what is left at the end.
         logprob: How likely it was, if that was asked for.
     """
@@ -112,6 +120,7 @@ class GenerationStats:
     Attributes:
         n_prompt: Tokens of the prompt.
         n_reused: Of these, those that the session already held.
+        n_evaluated: Of these, those that were evaluated: the others, unless they were cancelled.
         n_generated: Tokens that were chosen.
         n_decoded: Of these, those that were evaluated, to choose the next one.
         seconds_prompt: Time until the logits of the prompt were there.
@@ -120,6 +129,7 @@ class GenerationStats:
 
     n_prompt: int
     n_reused: int
+    n_evaluated: int
     n_generated: int
     n_decoded: int
     seconds_prompt: float
@@ -128,7 +138,7 @@ class GenerationStats:
     @property
     def prompt_per_second(self) -> float:
         """Tokens of the prompt evaluated per second."""
-        return (self.n_prompt - self.n_reused) / max(self.seconds_prompt, 1e-9)
+        return self.n_evaluated / max(self.seconds_prompt, 1e-9)
 
     @property
     def decode_per_second(self) -> float:
@@ -158,7 +168,7 @@ class Generation:
     stats: GenerationStats
 
 
-class Stream(Iterator[Chunk]):
+class Stream(Iterator[Chunk], Closing):
     """A text while it is being written.
 
     The prompt is evaluated when the first chunk is asked for. `close` ends it early, as does
@@ -179,10 +189,10 @@ class Stream(Iterator[Chunk]):
         progress: Progress | None,
     ) -> None:
         """Prepares a generation; see `Session.generate`."""
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens is {max_tokens}, expected at least 0.")
-        if n_logprobs is not None and n_logprobs < 0:
-            raise ValueError(f"logprobs is {n_logprobs}, expected at least 0.")
+        if max_tokens is not None:
+            max_tokens = whole_number("max_tokens", max_tokens, 0)
+        if n_logprobs is not None:
+            n_logprobs = whole_number("logprobs", n_logprobs, 0)
         if len(ids) > session.n_ctx:
             raise ContextError(
                 f"The prompt has {len(ids)} tokens, but the context of the session holds"
@@ -216,7 +226,7 @@ class Stream(Iterator[Chunk]):
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._finish_reason: FinishReason | None = None
-        self._n_reused = self._n_decoded = 0
+        self._n_reused = self._n_evaluated = self._n_decoded = 0
         self._seconds_prompt = self._seconds_decode = 0.0
         self._steps = self._run()
 
@@ -225,7 +235,7 @@ class Stream(Iterator[Chunk]):
         try:
             self._read_prompt()
             while True:
-                if len(self._tokens) == self._limit:
+                if len(self._tokens) >= self._limit:
                     reason = "length"
                     break
                 chunk = self._choose()
@@ -254,7 +264,10 @@ class Stream(Iterator[Chunk]):
                 self._sampler.extend(self._ids[self._ids < self._n_vocab].tolist())
                 self._n_reused = session._go_back(self._ids, self._reuse)
                 fresh = self._ids[self._n_reused :]
-                session._eval(fresh, "last", self._logits, self._progress, self._n_cancels)
+                try:
+                    session._eval(fresh, "last", self._logits, self._progress, self._n_cancels)
+                finally:
+                    self._n_evaluated = session.n_tokens - self._n_reused
         finally:
             self._seconds_prompt = time.perf_counter() - start
 
@@ -296,12 +309,6 @@ class Stream(Iterator[Chunk]):
         if self._finish_reason is None:  # nothing was ever asked for
             self._finish_reason = "cancelled"
 
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     @property
     def result(self) -> Generation:
         """All of the text so far; complete once the stream has ended.
@@ -315,6 +322,7 @@ class Stream(Iterator[Chunk]):
         stats = GenerationStats(
             n_prompt=n_prompt,
             n_reused=self._n_reused,
+            n_evaluated=self._n_evaluated,
             n_generated=n_generated,
             n_decoded=self._n_decoded,
             seconds_prompt=self._seconds_prompt,

@@ -6,9 +6,11 @@ the library `huggingface-hub`; this module only chooses the files. Called by `py
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +99,15 @@ def fetch_from_hub(
         if offline or constants.HF_HUB_OFFLINE:
             cached = _cached_files(repo)
             return cached[choose_files(list(cached), quant, repo)[0]]
-        files = huggingface_hub.HfApi().list_repo_files(repo)
-        parts = [
-            huggingface_hub.hf_hub_download(repo, f, tqdm_class=_bar_class(f, progress))
-            for f in choose_files(files, quant, repo)
-        ]
+        with _quiet():
+            # Unlike list_repo_files, this one request is not repeated for half a minute where
+            # there is no network, and it has a limit of time.
+            about = huggingface_hub.HfApi().model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            files = [file.rfilename for file in about.siblings or ()]
+            parts = [
+                huggingface_hub.hf_hub_download(repo, f, tqdm_class=_bar_class(f, progress))
+                for f in choose_files(files, quant, repo)
+            ]
         return Path(parts[0])
     except KvqError:
         raise
@@ -111,6 +117,18 @@ def fetch_from_hub(
             f"The repository {repo} cannot be fetched from the Hugging Face hub:"
             f" {reason.rstrip('.') or type(error).__name__}."
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the library logs meanwhile: what matters of it is in its exceptions."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cached_files(repo: str) -> dict[str, Path]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pykvq import native
+from pykvq.checks import SESSION_RANGES, whole_number
+from pykvq.closing import Closing
 from pykvq.errors import ModelError
 from pykvq.metadata import Metadata
 from pykvq.native import Scheme, Tensor
@@ -19,8 +21,6 @@ from pykvq.sampling_params import SamplingParams
 from pykvq.session import Session
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from pykvq.chat import ChatTemplate
     from pykvq.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ class ModelInfo:
     n_ctx_train: int
 
 
-class Model:
+class Model(Closing):
     """A GGUF model, mapped into memory.
 
         with Model("smollm2", kv="skvq") as model, model.session() as session:
@@ -125,17 +125,20 @@ class Model:
                 but of a kind that is not implemented).
             DownloadError: It cannot be fetched.
             SchemeError: The KV scheme is not known.
+            ValueError: A number is out of range.
         """
         native.check_scheme(kv)
-        self._options: dict[str, Any] = {
-            "kv": kv,
+        numbers = {
             "n_ctx": n_ctx,
             "n_threads": n_threads,
             "n_batch": n_batch,
             "kv_window": kv_window,
             "kv_sinks": kv_sinks,
-            "progress": progress,
         }
+        for name, value in numbers.items():
+            if value is not None:
+                whole_number(name, value, *SESSION_RANGES[name])
+        self._options: dict[str, Any] = {"kv": kv, **numbers, "progress": progress}
         from pykvq import catalogue  # takes a while, and only this needs it
 
         path = catalogue.resolve(path_or_name, progress=progress)
@@ -308,15 +311,8 @@ class Model:
             self._handle.close()
 
     def __enter__(self) -> Model:
+        self._handle.require_open()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self._options["kv"]

@@ -244,6 +244,15 @@ class ModelHandle:
         with self.lock:
             self._finalizer()
 
+    def require_open(self) -> None:
+        """Requires that the model can be used.
+
+        Raises:
+            ValueError: It was closed.
+        """
+        if self.closed:
+            raise ValueError(f"The model {self.path} was closed and cannot be used any more.")
+
     @property
     def pointer(self) -> CData:
         """The C pointer; to be used with `lock` held.
@@ -251,8 +260,7 @@ class ModelHandle:
         Raises:
             ValueError: It was closed.
         """
-        if self.closed:
-            raise ValueError(f"The model {self.path} was closed and cannot be used any more.")
+        self.require_open()
         return self._pointer
 
     def describe(self) -> CData:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from pykvq import interruptible, native
 from pykvq._native import ffi
+from pykvq.checks import SESSION_RANGES, whole_number
+from pykvq.closing import Closing
 from pykvq.errors import Cancelled, ContextError, KvqError
 from pykvq.native import ModelHandle, SessionHandle, SessionStats
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Unpack
 
     from pykvq.generation import Generation, SamplingOptions, Stream
@@ -33,10 +33,8 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 Which = Literal["none", "last", "all"]
 
-_INT32_MAX = 2**31 - 1
 
-
-class Session:
+class Session(Closing):
     """One timeline of tokens; made by `Model.session`.
 
     A session is used by one thread at a time, and says so when two try; `cancel` and the
@@ -74,11 +72,11 @@ class Session:
         self._handle = SessionHandle(
             handle,
             scheme=kv,
-            n_ctx=_option("n_ctx", n_ctx, 1, 0),
-            n_batch=_option("n_batch", n_batch, 1, 0),
-            n_threads=_option("n_threads", n_threads, 1, 0),
-            sinks=_option("kv_sinks", kv_sinks, 0, -1),
-            window=_option("kv_window", kv_window, 0, -1),
+            n_ctx=_option("n_ctx", n_ctx, 0),
+            n_batch=_option("n_batch", n_batch, 0),
+            n_threads=_option("n_threads", n_threads, 0),
+            sinks=_option("kv_sinks", kv_sinks, -1),
+            window=_option("kv_window", kv_window, -1),
         )
         stats = self._handle.stats()
         self._n_batch = stats.n_batch
@@ -196,10 +194,10 @@ class Session:
         as its codes give them back: what was lost in sealing stays lost.
 
         Raises:
-            ValueError: The session holds fewer tokens, or was closed.
+            ValueError: n is not a whole number, the session holds fewer tokens, or was closed.
         """
         with self._exclusive(owner=None):
-            self._handle.truncate(n)
+            self._handle.truncate(whole_number("n", n, 0, self.n_ctx))
 
     def reset(self) -> None:
         """Forgets all tokens; the session is as new."""
@@ -281,6 +279,8 @@ class Session:
 
         Raises:
             ContextError: The prompt does not fit into the context; nothing was evaluated.
+            TypeError: The prompt or a stop string is of the wrong kind, or a sampling parameter
+                is unknown.
             ValueError: An argument is out of range, or the session was closed.
             KvqError: The session is in use by another thread.
         """
@@ -290,6 +290,7 @@ class Session:
             from pykvq.chat import encode_chat
 
             prompt = encode_chat(self.model.tokenizer, prompt)
+        _require_prompt(prompt)
         self._handle.require_open()
         pieces = Stream(
             self,
@@ -406,28 +407,38 @@ class Session:
         self._handle.close()
 
     def __enter__(self) -> Session:
+        self._handle.require_open()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_tokens} of {self.n_ctx} tokens"
         return f"<Session of {self.model.info.name}, {self._handle.stats().scheme}, {state}>"
 
 
-def _option(name: str, value: int | None, least: int, unset: int) -> int:
+def _option(name: str, value: int | None, unset: int) -> int:
     """A number for the core, for which `unset` means that it shall choose."""
-    if value is None:
-        return unset
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _INT32_MAX:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from {least}.")
-    return value
+    return unset if value is None else whole_number(name, value, *SESSION_RANGES[name])
+
+
+def _require_prompt(prompt: object) -> None:
+    """Requires what can be token ids at all, to say what a prompt may be where it is not."""
+    first = next(iter(prompt), None) if isinstance(prompt, Sequence) else None
+    if (
+        prompt is None
+        or isinstance(prompt, bytes | bytearray | Mapping)
+        or isinstance(first, str | Mapping)
+    ):
+        raise TypeError(
+            f"The prompt is {_kind(prompt, first)}, expected a str or token ids; for the messages"
+            " of a conversation model.chat_template.render(messages) gives the str."
+        )
+    if isinstance(prompt, Sequence) and not prompt:
+        raise ValueError("The prompt is empty, expected some text or at least one token.")
+
+
+def _kind(value: object, first: object) -> str:
+    inside = "" if first is None else f" with a {type(first).__name__}"
+    return f"of type {type(value).__name__}{inside}"
 
 
 def _token_array(tokens: Tokens, n_vocab: int) -> IntArray:

@@ -23,9 +23,15 @@ class StopStrings:
         """Start with no text.
 
         Raises:
+            TypeError: If a stop string is not a str.
             ValueError: If a stop string is empty.
         """
+        if not isinstance(stop, Iterable):
+            raise TypeError(f"The stop strings are {stop!r}, expected a str or several of them.")
         self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        for item in self._stops:
+            if not isinstance(item, str):
+                raise TypeError(f"The stop string {item!r} is not a str.")
         if "" in self._stops:
             raise ValueError("A stop string is empty, but an empty string occurs everywhere.")
         self._held = ""

@@ -153,8 +153,11 @@ class Tokenizer:
             The ids.
 
         Raises:
+            TypeError: the text is not a str.
             ValueError: the text holds a lone surrogate, which no encoding of it can express.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"The text is of type {type(text).__name__}, expected a str.")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -48,12 +48,23 @@ def test_a_path_that_does_not_exist_is_an_error(name: str) -> None:
     assert name in str(caught.value)
 
 
-def test_a_directory_is_not_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="is a directory"):
+def test_a_directory_is_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFoundError, match="is a directory, not a regular file"):
         resolve(tmp_path)
+    (tmp_path / "user" / "repo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="user/repo is a directory"):
+        resolve("user/repo")
 
 
-@pytest.mark.parametrize("name", ["smollm3", "", "a/b/c", "a b", "user/", "user/repo:"])
+def test_an_empty_name_is_said_to_be_empty() -> None:
+    with pytest.raises(
+        ModelNotFoundError, match="name of the model is empty; expected is the path"
+    ):
+        resolve("")
+
+
+@pytest.mark.parametrize("name", ["smollm3", "a/b/c", "a b", "user/", "user/repo:"])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
         ModelNotFoundError, match=r"one of: qwen2\.5-coder-0\.5b, smollm2\."

@@ -18,7 +18,7 @@ import pytest
 from conftest import write_tiny
 
 import pykvq
-from pykvq import Model, console
+from pykvq import Model, cli_generate, console
 from pykvq.cli import main
 
 ROOT = Path(pykvq.__file__).parents[1]
@@ -68,6 +68,15 @@ def test_run_writes_the_text_to_stdout_and_all_else_to_stderr(
         r" 2048 tokens, [\d.]+ bits per element; seed 3\.$",
         lines[1],
     )
+
+
+def test_a_prompt_that_was_interrupted_counts_what_was_evaluated(
+    tiny: Model, capsys: Capture
+) -> None:
+    with tiny.session(n_batch=16) as session:
+        result = session.generate([1] * 100, 5, progress=lambda *_: session.cancel())
+        cli_generate._conclude(result, session.stats)
+    assert "prompt 16 of 100 tokens, " in capsys.readouterr().err
 
 
 def test_run_prints_one_object_with_json(tiny_path: Path, capsys: Capture) -> None:
@@ -120,7 +129,24 @@ def test_run_stops_before_a_reverse_prompt(tiny_path: Path, capsys: Capture) -> 
     assert main(base) == 0
     free = capsys.readouterr().out
     assert main([*base, "-r", "never", "-r", free[8:11]]) == 0
-    assert capsys.readouterr().out.rstrip("\n") == free[: free.index(free[8:11])].rstrip("\n")
+    stopped = capsys.readouterr().out
+    assert stopped.rstrip("\n") == free[: free.index(free[8:11])].rstrip("\n")
+    assert main([*base, "--stop", free[8:11]]) == 0
+    assert capsys.readouterr().out == stopped
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(
+    tiny: Model, tiny_path: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "marked.txt"
+    path.write_bytes(b"\xef\xbb\xbfthe \xef\xbb\xbfend\n")
+    assert main(["tokenize", str(tiny_path), "-f", str(path), "--ids"]) == 0
+    assert json.loads(capsys.readouterr().out) == tiny.tokenize("the \ufeffend")
+
+
+def test_a_text_may_begin_with_a_dash(tiny: Model, tiny_path: Path, capsys: Capture) -> None:
+    assert main(["tokenize", str(tiny_path), "-p", "-five apples", "--ids"]) == 0
+    assert json.loads(capsys.readouterr().out) == tiny.tokenize("-five apples")
 
 
 def test_run_takes_every_sampling_flag(tiny_path: Path, capsys: Capture) -> None:
@@ -187,6 +213,30 @@ def test_chat_refuses_a_turn_that_does_not_fit_and_goes_on(
     err = capsys.readouterr().err
     assert re.search(r"error: The conversation has \d+ tokens, but the context holds 64", err)
     assert "written 2 tokens" in err
+
+
+def test_chat_says_that_an_answer_was_cut_and_what_its_commands_are(
+    tiny_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed(monkeypatch, "/help\nHi\n")
+    assert main(["chat", str(tiny_path), "--ignore-eos", "-c", "64"]) == 0
+    *_, commands, _, cut = capsys.readouterr().err.splitlines()
+    assert all(command in commands for command in ("/reset", "/exit", "/help"))
+    assert "answer was cut, because the context of 64 tokens is full" in cut
+    feed(monkeypatch, "Hi\n")
+    assert main(["chat", str(tiny_path), "--ignore-eos", "-n", "2"]) == 0
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_chat_refuses_a_line_that_is_not_utf8(
+    tiny_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
+    assert main(["chat", str(tiny_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "pykvq: error: In a line of stdin the text is not UTF-8: character 1 is '\\udcff'."
+    )
 
 
 class Terminal:
@@ -335,7 +385,9 @@ def test_perplexity_prints_a_row_per_scheme(
     path.write_text("the end and the other are in the hour " * 60)
     base = ["perplexity", str(tiny_path), "-f", str(path), "-c", "256", "--chunks", "2"]
     assert main([*base, "--kv", "f16,skvq", "--kld", "--stream", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert "warning" not in err
+    report = json.loads(out)
     assert report["model"] == "tiny llama"
     rows = report["results"]
     assert [row["kv"] for row in rows] == ["f16", "skvq"]
@@ -343,11 +395,15 @@ def test_perplexity_prints_a_row_per_scheme(
         assert set(row) == {"kv", "ppl", "mean_kld", "top1", "bits", "tokens"}
         assert row["tokens"] == 2 * 127
     assert rows[0]["mean_kld"] == 0 < rows[1]["mean_kld"]
+    assert main([*base, "--kv", "f16"]) == 0
+    assert "warning" not in capsys.readouterr().err
     assert main([*base, "--kv", "skvq"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == ["kv", "bits", "ppl"]
     assert out.splitlines()[1].split()[0] == "skvq"
     assert "254 tokens scored" in err
+    assert "warning: Passes of 256 tokens see their own tokens in f16" in err
+    assert "--stream measures the sealed cache" in err
 
 
 # ---- progress -------------------------------------------------------------------------------
@@ -381,6 +437,10 @@ def test_progress_is_shown_on_a_terminal_for_what_takes_long(
 ERRORS = {
     "no such file": (["run", "no/such.gguf", "-p", "a"], r"no/such\.gguf is not there"),
     "a directory": (["run", ".", "-p", "a"], r"The model file \. is a directory"),
+    "a directory by name": (["run", "tests", "-p", "a"], r"tests is a directory, not a regular"),
+    "a device": (["run", "/dev/null", "-p", "a"], r"/dev/null is not a regular file"),
+    "empty name": (["run", "", "-p", "a"], r"name of the model is empty"),
+    "empty name as option": (["run", "-m", "", "-p", "a"], r"name of the model is empty"),
     "unknown name": (["run", "no-such-model", "-p", "a"], r"'no-such-model' is not known"),
     "broken file": (["info", "{junk}"], r"junk\.gguf"),
     "cut file": (["info", "{cut}"], r"cut\.gguf"),
@@ -400,12 +460,45 @@ ERRORS = {
         r"prompt has \d+ tokens, but the context of the session holds 4",
     ),
     "text too short": (["perplexity", "{tiny}", "-p", "a"], r"but at least 512 are needed"),
+    "context beyond all limits": (
+        ["run", "{tiny}", "-p", "a", "-c", "1000000000000"],
+        r"1000000000000 is above 268435456",
+    ),
+    "prompt with a lone surrogate": (
+        ["run", "{tiny}", "-p", "a\udcff"],
+        r"-p/--prompt: the text is not UTF-8: character 1 is '\\udcff'",
+    ),
+    "text with a lone surrogate": (["tokenize", "{tiny}", "-p", "\udcff"], r"is not UTF-8"),
+    "system message with a lone surrogate": (
+        ["chat", "{tiny}", "-sys", "\udcff"],
+        r"-sys/--system-prompt: the text is not UTF-8",
+    ),
+    "stop string with a lone surrogate": (
+        ["run", "{tiny}", "-p", "a", "-r", "\udcff"],
+        r"is not UTF-8",
+    ),
+    "empty prompt for an answer": (["run", "{tiny}", "-p", ""], r"The prompt is empty"),
+    "empty file for an answer": (["run", "{tiny}", "-f", "/dev/null"], r"The prompt is empty"),
     "empty prompt": (["run", "{tiny}", "--raw", "-p", ""], r"The prompt is empty"),
     "no such prompt file": (["run", "{tiny}", "-f", "no-such.txt"], r"no-such\.txt: No such file"),
     "prompt not UTF-8": (["run", "{tiny}", "-f", "{junk}"], r"not UTF-8: byte 4 is 0xff"),
     "prompt twice": (["run", "{tiny}", "-p", "a", "-f", "b"], r"not allowed with"),
     "two models": (["run", "{tiny}", "-m", "other", "-p", "a"], r"Two models are named"),
-    "unknown option": (["run", "{tiny}", "--mirostat", "2"], r"[Uu]nrecognized arguments"),
+    "unknown option": (
+        ["run", "{tiny}", "--mirostat", "2"],
+        r"flag --mirostat is unknown; see `pykvq run --help`",
+    ),
+    "flag of llama.cpp": (["run", "{tiny}", "-p", "a", "-ngl", "9"], r"flag -ngl is unknown"),
+    "attached value": (["run", "{tiny}", "-p", "a", "-n20"], r"flag -n20 is unknown"),
+    "cache type of llama.cpp": (
+        ["run", "{tiny}", "-p", "a", "-ctk", "q8_0"],
+        r"flag -ctk is unknown; use --kv; see `pykvq run --help`",
+    ),
+    "model as llama.cpp has it": (
+        ["run", "-hf", "user/repo", "-p", "a"],
+        r"flag -hf is unknown; use a model by position or -m;",
+    ),
+    "too many arguments": (["run", "{tiny}", "x", "-p", "a"], r"'x' was not expected"),
     "unknown command": (["walk"], r"invalid choice: 'walk'"),
     "no number": (["run", "{tiny}", "-n", "many"], r"'many' is not a whole number"),
     "number too small": (["run", "{tiny}", "-t", "0"], r"0 is below 1"),
@@ -431,8 +524,13 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_error_is_one_sentence_and_exit_status_2(
-    name: str, tiny_path: Path, tmp_path: Path, capsys: Capture
+    name: str,
+    tiny_path: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(ROOT)
     args, message = ERRORS[name]
     paths = {"tiny": tiny_path, "junk": tmp_path / "junk.gguf", "cut": tmp_path / "cut.gguf"}
     paths["junk"].write_bytes(b"GGUF\xff\xff\xff\xff" * 100)
@@ -441,8 +539,9 @@ def test_error_is_one_sentence_and_exit_status_2(
     assert main([arg.format(**paths) for arg in args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    errors = [line for line in err.splitlines() if line.startswith("pykvq: error: ")]
+    errors = [line for line in err.splitlines() if not line.startswith("pykvq: warning: ")]
     assert len(errors) == 1
+    assert errors[0].startswith("pykvq: error: ")
     assert re.search(message, errors[0]), errors[0]
     assert errors[0] == err.splitlines()[-1]
     assert errors[0].endswith(".")
@@ -456,12 +555,26 @@ def test_errors_of_a_process_have_no_traceback(tmp_path: Path) -> None:
     assert done.stderr.startswith("pykvq: error: ")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "2>/dev/full", "<&- >&- 2>&-"])
+def test_missing_streams_do_no_harm(tiny_path: Path, closed: str) -> None:
+    args = [*COMMAND, "run", str(tiny_path), "--raw", "-p", "the end", "-n", "9", "-s", "1"]
+    script = ["sh", "-c", f'exec "$@" {closed}', "sh", *args]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+    assert bool(done.stderr) == ("2>" not in closed)
+
+
 def test_no_command_shows_the_commands() -> None:
     done = spawn()
     assert done.returncode == 2
     for command in ("run", "chat", "info", "tokenize", "perplexity", "pull"):
         assert command in done.stdout
-        assert spawn(command, "--help").returncode == 0
+        shown = spawn(command, "--help")
+        assert shown.returncode == 0
+        said = "passes of -b tokens see their own tokens in f16" in " ".join(shown.stdout.split())
+        assert said == (command == "perplexity")
     assert spawn("--version").stdout == f"pykvq {pykvq.__version__}\n"
 
 

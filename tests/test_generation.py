@@ -133,12 +133,49 @@ def test_zero_tokens_only_evaluates_the_prompt(tiny: Model) -> None:
             session.generate([1, 2, 3], -1)
 
 
+@pytest.mark.parametrize("wrong", [1.5, 2.0, "3", True, -1])
+def test_counts_that_are_no_whole_numbers_are_refused(tiny: Model, wrong: object) -> None:
+    with tiny.session() as session:
+        message = rf"max_tokens is {wrong!r}, expected a whole number from 0\."
+        with pytest.raises(ValueError, match=message):
+            session.generate(PROMPT, wrong)  # type: ignore[call-overload]
+        with pytest.raises(ValueError, match=rf"logprobs is {wrong!r}, expected a whole number"):
+            session.generate(PROMPT, 2, logprobs=wrong)  # type: ignore[call-overload]
+        assert len(session.generate(PROMPT, np.int64(2), ignore_eos=True).tokens) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (None, TypeError, "of type NoneType, expected a str or token ids"),
+        (b"hi", TypeError, "of type bytes"),
+        (["hi"], TypeError, "of type list with a str"),
+        ([{"role": "user", "content": "hi"}], TypeError, r"dict.*chat_template\.render\(messages"),
+        ("", ValueError, "The prompt is empty, expected some text or at least one token"),
+        ([], ValueError, "The prompt is empty"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(
+    tiny: Model, wrong: object, error: type[Exception], message: str
+) -> None:
+    with tiny.session() as session, pytest.raises(error, match=message):
+        session.generate(wrong, 2)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [(["a", 3], "stop string 3 is not a str"), (3, "stop strings are 3")]
+)
+def test_stop_strings_of_a_wrong_kind_are_refused(tiny: Model, wrong: object, message: str) -> None:
+    with tiny.session() as session, pytest.raises(TypeError, match=message):
+        session.generate(PROMPT, 2, stop=wrong)  # type: ignore[call-overload]
+
+
 def test_prompt_that_does_not_fit_is_refused_and_nothing_is_lost(tiny: Model) -> None:
     with tiny.session(n_ctx=32) as session:
         session.eval([1, 2, 3])
         with pytest.raises(ContextError, match=r"prompt has 33 tokens, .* holds 32"):
             session.generate([1] * 33)
-        with pytest.raises(ValueError, match="at least 1"):
+        with pytest.raises(ValueError, match="at least one token"):
             session.generate("")
         assert session.tokens == [1, 2, 3]
 
@@ -274,7 +311,9 @@ def test_every_sampling_parameter_is_an_argument() -> None:
     assert set(SamplingOptions.__annotations__) == names | {"temperature"}
     with pytest.raises(TypeError, match="both given"):
         merge_sampling(SamplingParams(), {"temp": 1.0, "temperature": 1.0})
-    with pytest.raises(TypeError, match="no_such"):
+    with pytest.raises(
+        TypeError, match=r"no sampling parameter 'no_such'; known are: seed, .*top_p"
+    ):
         merge_sampling(SamplingParams(), {"no_such": 1})  # type: ignore[typeddict-unknown-key]
     with pytest.raises(ValueError, match="top_p"):
         merge_sampling(SamplingParams(), {"top_p": 2.0})
@@ -289,12 +328,24 @@ def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path) -> None:
         assert max(result.tokens) < n_vocab
 
 
+def test_a_prompt_that_was_cancelled_counts_what_was_evaluated(tiny: Model) -> None:
+    with tiny.session(n_batch=16) as session:
+        session.eval([1] * 10)
+        result = session.generate(
+            [1] * 100, 5, progress=lambda _, done, __: session.cancel() if done >= 32 else None
+        )
+        assert result.finish_reason == "cancelled"
+        assert (result.stats.n_prompt, result.stats.n_reused) == (100, 10)
+        assert result.stats.n_evaluated == session.n_tokens - 10 == 32
+        assert result.stats.prompt_per_second == pytest.approx(32 / result.stats.seconds_prompt)
+
+
 def test_stats_add_up(tiny: Model) -> None:
     with tiny.session() as session:
         result = session.generate([1] * 50, 20, ignore_eos=True)
         stats = result.stats
         assert (stats.n_prompt, stats.n_reused, stats.n_generated) == (50, 0, 20)
-        assert stats.n_decoded == 19
+        assert (stats.n_evaluated, stats.n_decoded) == (50, 19)
         assert session.n_tokens == 69
         assert stats.prompt_per_second == pytest.approx(50 / stats.seconds_prompt)
         assert stats.decode_per_second == pytest.approx(19 / stats.seconds_decode)

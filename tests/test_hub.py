@@ -6,9 +6,11 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,14 @@ def test_a_model_of_the_hub_is_fetched_once_and_found_offline(hub: str, tmp_path
     assert switch == offline
     other = run_resolve("u/other", "http://127.0.0.1:9", tmp_path, "offline")
     assert "u/other is not in the cache" in other["error"]
+
+
+def test_without_a_network_the_error_comes_soon_and_alone(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface-hub is not installed")
+    start = time.monotonic()
+    failed = run_resolve("u/r", "http://127.0.0.1:9", tmp_path)  # fails if anything is logged
+    assert time.monotonic() - start < 10
+    assert re.fullmatch(r"The repository u/r cannot be fetched .*: .*[^.]\.", failed["error"])
 
 
 def test_a_private_repository_needs_the_token_of_the_environment(hub: str, tmp_path: Path) -> None:

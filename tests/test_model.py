@@ -24,6 +24,7 @@ from pykvq import (
     schemes,
 )
 from pykvq._native import lib
+from pykvq.checks import SESSION_RANGES
 
 
 def test_info_tells_what_the_file_says(tiny: Model, tiny_path: Path) -> None:
@@ -222,6 +223,27 @@ def test_unknown_architecture_is_named(tmp_path: Path) -> None:
 def test_number_out_of_range_is_named(tiny: Model, option: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"{option.removeprefix('kv_')} is {value}"):
         tiny.session(**{option: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"{option} is {value}, expected a whole number from"):
+        Model(tiny.info.path, **{option: value})  # type: ignore[arg-type]
+
+
+def test_any_integer_type_is_a_number(tiny_path: Path) -> None:
+    numbers = {"n_ctx": np.int64(64), "n_threads": np.uint8(1), "kv_sinks": np.int32(3)}
+    with Model(tiny_path, **numbers) as model, model.session() as session:  # type: ignore[arg-type]
+        assert (session.n_ctx, session.stats.sinks) == (64, 3)
+    for wrong in (64.0, "64", True):
+        with pytest.raises(ValueError, match=f"n_ctx is {wrong!r}, expected a whole number"):
+            Model(tiny_path, n_ctx=wrong)  # type: ignore[arg-type]
+
+
+def test_the_ranges_of_numbers_are_those_of_the_core(tiny: Model) -> None:
+    names = {"kv_sinks": "sinks", "kv_window": "window"}
+    for option, (least, most) in SESSION_RANGES.items():
+        name = names.get(option, option)
+        numbers = {"n_ctx": 64, "n_batch": 1, "n_threads": 1, "sinks": 0, "window": 0}
+        numbers[name] = most + 1
+        with pytest.raises(ValueError, match=rf"{name} is {most + 1}, expected {least} to {most}"):
+            native.SessionHandle(tiny._handle, scheme="f16", **numbers)
 
 
 def test_context_beyond_the_memory_is_refused(tiny: Model) -> None:
@@ -255,6 +277,16 @@ def test_closing_a_model_closes_its_sessions(tiny_path: Path) -> None:
     session.cancel()
     session.close()
     assert model.info.n_vocab == 269
+    with pytest.raises(ValueError, match="was closed"), model:
+        pass
+    with pytest.raises(ValueError, match="was closed"), session:
+        pass
+
+
+def test_a_text_of_another_type_is_refused(tiny: Model) -> None:
+    for wrong in (None, b"hi", 3):
+        with pytest.raises(TypeError, match=f"of type {type(wrong).__name__}, expected a str"):
+            tiny.tokenize(wrong)  # type: ignore[arg-type]
 
 
 def test_session_keeps_its_model_alive(tiny_path: Path) -> None:

@@ -231,6 +231,16 @@ def test_tokens_that_are_none_are_refused_and_nothing_is_evaluated(tiny: Model) 
         assert session.n_tokens == 0
 
 
+def test_truncating_to_no_whole_number_is_refused(tiny: Model) -> None:
+    with tiny.session(n_ctx=50) as session:
+        session.eval([1, 2, 3])
+        for wrong in ("a", 1.5, None, -1, 2**40):
+            message = f"n is {wrong!r}, expected a whole number from 0 to 50"
+            with pytest.raises(ValueError, match=message):
+                session.truncate(wrong)  # type: ignore[arg-type]
+        assert session.n_tokens == 3
+
+
 def test_full_context_is_refused_and_nothing_is_evaluated(tiny: Model) -> None:
     with tiny.session(n_ctx=50, n_batch=8) as session:
         session.eval([1] * 40)

@@ -1,0 +1,37 @@
+"""Checks of what callers pass in, where Python's own errors would not say what was expected."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+#: The least and the most that the core takes for the numbers of a session.
+SESSION_RANGES: Mapping[str, tuple[int, int]] = {
+    "n_ctx": (1, 2**28),
+    "n_batch": (1, 65536),
+    "n_threads": (1, 1024),
+    "kv_sinks": (0, 4096),
+    "kv_window": (0, 2**28),
+}
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Requires a whole number of any integer type, those of numpy among them.
+
+    Args:
+        name: What the caller calls it.
+        value: What was passed in.
+        least: The smallest that is accepted.
+        most: The largest that is accepted, if there is one.
+
+    Raises:
+        ValueError: It is something else, a bool or out of range.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # to be found out
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        limits = f"from {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}, expected a whole number {limits}.")
+    return number
