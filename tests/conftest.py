@@ -129,6 +129,13 @@ def write_tiny(
     return path
 
 
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Log-probabilities, in float64."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of test data that is not part of the repository."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import log_softmax
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
@@ -33,12 +34,6 @@ def golden(
         pytest.skip(f"{request.param} is not in the cache: {error}")
     with np.load(data_dir / "golden" / GOLDEN[request.param]) as arrays:
         return path, dict(arrays)
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize("text", TEXTS)

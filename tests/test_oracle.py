@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from conftest import write_tiny
+from conftest import log_softmax, write_tiny
 from gguf import GGUFReader, GGUFWriter
 
 from pykvq import Model
@@ -62,12 +61,6 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     if request.param == "rope factors":
         return with_rope_freqs(write_tiny(path.with_name("plain.gguf")), path)
     return write_tiny(path)
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def test_logits_are_llama_cpps(model_path: Path) -> None:
