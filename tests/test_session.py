@@ -55,8 +55,11 @@ def test_eval_writes_into_the_array_that_is_given(tiny: Model) -> None:
         assert session.n_tokens == 3
 
 
-@pytest.mark.parametrize("kv", SCHEMES)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+# q8_0 has no form for the qwen2's heads, which are 16 wide (test_model.py checks that it says so).
+@pytest.mark.parametrize(
+    ("architecture", "kv"),
+    [*(("llama", kv) for kv in SCHEMES), ("qwen2", "f16"), ("qwen2", "skvq")],
+)
 def test_passes_up_to_the_next_seal_equal_token_by_token(
     kv: str,
     architecture: str,
@@ -65,8 +68,6 @@ def test_passes_up_to_the_next_seal_equal_token_by_token(
     random_tokens: list[int],
 ) -> None:
     model = tiny if architecture == "llama" else tiny_qwen2
-    if kv not in [scheme.name for scheme in model.schemes]:
-        pytest.skip(f"{kv} has no form for heads {model.info.d_head} wide")
     tokens = random_tokens[:400]
     with model.session(kv=kv, n_ctx=400) as session:
         expected = one_by_one(session, tokens)
