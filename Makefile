@@ -133,7 +133,9 @@ bench-weights: $(BUILD)/bench_weights ## time the weight products
 
 quality: ext ## measure what each KV scheme costs, on both models of the catalogue (needs PYKVQ_DATA)
 	$(PY) bench/quality.py smollm2
+	$(PY) bench/quality.py smollm2 --text frankenstein.txt
 	$(PY) bench/quality.py qwen2.5-coder-0.5b
+	$(PY) bench/quality.py qwen2.5-coder-0.5b --text frankenstein.txt --chunks 8
 
 accuracy: ext ## measure how near the logits are to float32, ours and llama.cpp's (needs PYKVQ_DATA)
 	$(PY) bench/accuracy.py smollm2

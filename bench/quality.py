@@ -1,8 +1,8 @@
-"""Measures what each KV scheme costs on WikiText-2, and keeps the result with its provenance.
+"""Measures what each KV scheme costs on a text, and keeps the result with its provenance.
 
-    python bench/quality.py smollm2 --chunks 16
+    python bench/quality.py smollm2 --chunks 16 --text wiki.test.raw
 
-Needs the text at $PYKVQ_DATA/text/wiki.test.raw. Every scheme sees the same tokens in one process,
+Needs the text in $PYKVQ_DATA/text. Every scheme sees the same tokens in one process,
 in streaming order, so that every score goes through the sealed cache (see pykvq.perplexity).
 """
 
@@ -35,22 +35,24 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Runs the measurement and writes bench/results/quality-MODEL.json."""
+    """Runs the measurement and writes bench/results/quality-MODEL-TEXT.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a name of the catalogue or a GGUF file")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--ctx-size", type=int, default=1024)
+    parser.add_argument("--text", default="wiki.test.raw", help="a file of $PYKVQ_DATA/text")
     args = parser.parse_args()
 
     data = Path(os.environ.get("PYKVQ_DATA") or ROOT / "../shared/data")
-    text = (data / "text" / "wiki.test.raw").read_text(encoding="utf-8")
+    text = (data / "text" / args.text).read_text(encoding="utf-8")
     schemes = [scheme.name for scheme in pykvq.schemes()]
     with pykvq.Model(args.model, n_ctx=args.ctx_size) as model:
         results = perplexity(
             model, text, schemes, n_ctx=args.ctx_size, chunks=args.chunks, kld=True, stream=True
         )
         record = {
-            "what": "WikiText-2 test, token by token, second half of each chunk scored",
+            "what": "token by token, second half of each chunk scored",
+            "text": args.text,
             "command": f"python bench/quality.py {' '.join(sys.argv[1:])}",
             "date": datetime.date.today().isoformat(),
             "machine": f"{processor()}, {os.cpu_count()} cores",
@@ -62,7 +64,7 @@ def main() -> None:
         }
     RESULTS.mkdir(exist_ok=True)
     name = Path(args.model).name.removesuffix(".gguf")
-    path = RESULTS / f"quality-{name}.json"
+    path = RESULTS / f"quality-{name}-{args.text.partition('.')[0]}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(path, flush=True)
 

@@ -45,27 +45,30 @@ def schemes() -> str:
 
 
 def quality() -> str:
-    """Perplexity and divergence per model and scheme, from bench/results/quality-*.json."""
+    """Perplexity and divergence per model, text and scheme, from bench/results/quality-*.json."""
     parts = []
-    for path in sorted((ROOT / "bench" / "results").glob("quality-*.json")):
-        record = json.loads(path.read_text())
-        card = json.loads((ROOT / "models" / path.name.removeprefix("quality-")).read_text())
-        rows = [
-            [
-                f"`{r['kv']}`",
-                f"{r['bits']:.2f}",
-                f"{r['ppl']:.3f}",
-                f"{r['mean_kld']:.4f}",
-                f"{100 * r['top1']:.1f} %",
+    for card_path in sorted((ROOT / "models").glob("*.json")):
+        card = json.loads(card_path.read_text())
+        found = sorted((ROOT / "bench" / "results").glob(f"quality-{card_path.stem}-*.json"))
+        # The text that the formats were chosen on comes last.
+        for path in sorted(found, key=lambda path: path.stem.endswith("-wiki")):
+            record = json.loads(path.read_text())
+            rows = [
+                [
+                    f"`{r['kv']}`",
+                    f"{r['bits']:.2f}",
+                    f"{r['ppl']:.3f}",
+                    f"{r['mean_kld']:.4f}",
+                    f"{100 * r['top1']:.1f} %",
+                ]
+                for r in record["results"]
             ]
-            for r in record["results"]
-        ]
-        parts.append(
-            f"{card['title']} {card['quantization']}: "
-            f"{record['results'][0]['tokens']} tokens scored, "
-            f"{record['date']}, `{record['command']}`, {record['machine']}.\n\n"
-            + table(["cache", "bits", "perplexity", "mean KL", "same top-1"], rows)
-        )
+            parts.append(
+                f"{card['title']} {card['quantization']} on {record['text']}: "
+                f"{record['results'][0]['tokens']} tokens scored, "
+                f"{record['date']}, `{record['command']}`, {record['machine']}.\n\n"
+                + table(["cache", "bits", "perplexity", "mean KL", "same top-1"], rows)
+            )
     return "\n\n".join(parts)
 
 
