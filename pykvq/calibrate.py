@@ -97,7 +97,7 @@ def calibrate(
     k, v = sensitivities(
         model, profile, list(chain(*scored)), n_ctx=len(scored[0]), progress=progress
     )
-    by_head = v[:, None] * _shares(moments.v_error)
+    by_head = v[:, None] * _shares(value_errors(model, profile, moments))
     return profile.with_arrays(k_sensitivity=k, v_sensitivity=by_head.astype(np.float32))
 
 
@@ -159,7 +159,8 @@ def profile_of(
             )
         bases.append(basis)
         with one_thread():
-            value_bases.append(value_basis(moments.v[layer], _output_gram(model, layer)))
+            values = typical_values(moments.v[layer], moments.v_read[layer])
+            value_bases.append(value_basis(values, _output_gram(model, layer)))
         importances.append(importance)
         orders.append(key_order(moments.k_deviation[layer], pairs))
         if progress is not None:
@@ -265,6 +266,30 @@ def value_basis(values: Array, output: Array, *, shrinkage: float = SHRINKAGE) -
     basis: Array = spread @ v.swapaxes(-1, -2) @ stretch
     basis /= np.sqrt(np.square(basis).mean(axis=(-1, -2), keepdims=True) * n)
     return basis
+
+
+def typical_values(values: Array, read: Array) -> Array:
+    """The second moment that a basis of values is made for: half `Moments.v`, half `Moments.v_read`.
+
+    The latter is what errors count by, but rests on the few tokens that are read most.
+    """
+    size, size_read = (np.trace(x, axis1=-2, axis2=-1)[..., None, None] for x in (values, read))
+    scale = np.divide(size, size_read, out=np.zeros_like(size), where=size_read > 0)
+    return (values + scale * read) / 2
+
+
+def value_errors(model: Model, profile: Profile, moments: Moments) -> Array:
+    """What even relative errors in the values of each head cost its layer's output [L, H].
+
+    As `value_basis` says, with the second moment of what is read in place of C.
+    """
+    errors = []
+    for layer, read in enumerate(moments.v_read):
+        basis = profile.arrays["v_basis"][layer].astype(np.float64)
+        back = np.linalg.inv(basis)
+        cost = np.einsum("hca,hcd,hda->h", back, _output_gram(model, layer), back, optimize=True)
+        errors.append(np.einsum("hac,hcd,had->h", basis, read, basis, optimize=True) * cost)
+    return np.array(errors)
 
 
 def _power(moment: Array, power: float) -> Array:

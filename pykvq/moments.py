@@ -49,7 +49,7 @@ class Moments:
 
     Attributes:
         n_tokens: Tokens that were averaged over.
-        n_scored: Of these, the ones that `v_scored` and `v_error` were computed from.
+        n_scored: Of these, the ones that `v_scored` and `v_read` were computed from.
         q: [L, H, D, D] second moment of queries after RoPE divided by sqrt(D), over the tokens and
             the query heads that read the KV head: dk^T q dk is the mean squared change of a
             logit if a key changes by dk.
@@ -71,9 +71,10 @@ class Moments:
         v: [L, H, D, D] centred second moment of values.
         v_scored: [L, H, D, D] the same, but each token weighted by the attention that it receives
             from all queries of its chunk (OSCAR, arXiv 2605.17757); centred at `v_mean`.
-        v_error: [L, H] mean squared error of what a query head reads if each value that is neither
-            a sink nor in the window has an error of its own size, independent of the others. Heads
-            that look far back thus stand out from those that look at their own surroundings.
+        v_read: [L, H, D, D] the same second moment, but each token weighted by the square of the
+            attention that a query head pays it from beyond the window: if each value has an
+            error of its own, independent of the others, what is read errs by as much. So tokens
+            and heads that are looked at from far stand out.
         v_min: [L, H, D] least value.
         v_max: [L, H, D] largest.
     """
@@ -95,7 +96,7 @@ class Moments:
     v_mean: Array
     v: Array
     v_scored: Array
-    v_error: Array
+    v_read: Array
     v_min: Array
     v_max: Array
 
@@ -141,7 +142,7 @@ def collect(
             with BOS where the model wants it; what is left at the end is not used.
         n_ctx: Tokens per chunk: at least the sinks and one block.
         progress: Told how far it is: ("moments", n_done, n) in tokens.
-        scored_every: Every which chunk `v_scored` and `v_error` are computed on: their cost grows
+        scored_every: Every which chunk `v_scored` and `v_read` are computed on: their cost grows
             with n_ctx^2.
 
     Raises:
@@ -216,9 +217,9 @@ class _Sums:
         self._deviation = np.zeros(matrices)
         self._k_sinusoids = np.zeros((*vectors, self._sinusoids.shape[1]))
         self._v, self._vv = np.zeros(vectors), np.zeros(matrices)
-        # Of attention weights w: sums of w, w v, w v v^T; and of w^2 v^T v.
+        # Of attention weights w: sums of w, w v, w v v^T; and the same of w^2.
         self._w, self._wv, self._wvv = np.zeros(heads), np.zeros(vectors), np.zeros(matrices)
-        self._wwvv = np.zeros(heads)
+        self._ww, self._wwv, self._wwvv = np.zeros(heads), np.zeros(vectors), np.zeros(matrices)
         self._ranges = {
             name: (np.full(vectors, np.inf), np.full(vectors, -np.inf))
             for name in ("k", "k_pre", "v")
@@ -251,20 +252,24 @@ class _Sums:
             np.minimum(least[layer], x.min(axis=0), out=least[layer])
             np.maximum(most[layer], x.max(axis=0), out=most[layer])
         if scored:
-            w, ww = (received[SINKS:] for received in attention_received(q, k))
-            weighted = w[:, :, None] * v64
-            self._w[layer] += w.sum(axis=0)
-            self._wv[layer] += weighted.sum(axis=0)
-            self._wvv[layer] += weighted.transpose(1, 2, 0) @ v64.transpose(1, 0, 2)
-            self._wwvv[layer] += (ww * np.square(v64).sum(axis=-1)).sum(axis=0)
+            for weights, total, first, second in zip(
+                attention_received(q, k),
+                (self._w, self._ww),
+                (self._wv, self._wwv),
+                (self._wvv, self._wwvv),
+                strict=True,
+            ):
+                w = weights[SINKS:]
+                weighted = w[:, :, None] * v64
+                total[layer] += w.sum(axis=0)
+                first[layer] += weighted.sum(axis=0)
+                second[layer] += weighted.transpose(1, 2, 0) @ v64.transpose(1, 0, 2)
 
     def moments(self, n_chunks: int, n_scored_chunks: int) -> Moments:
         """The averages."""
         n_per_chunk, d = len(self._positions), self._q.shape[-1]
         n_tokens, n_scored = n_chunks * n_per_chunk, n_scored_chunks * n_per_chunk
         k_mean, v_mean = self._k / n_tokens, self._v / n_tokens
-        wv, w = self._wv / self._w[..., None], self._w[..., None, None]
-        cross = _outer(wv, v_mean)
         # Only the tokens of whole blocks have a block's mean.
         in_blocks = _without_block_means(self._sinusoids[:, None])[:, 0]
         n_in_blocks = n_chunks * len(in_blocks)
@@ -293,8 +298,8 @@ class _Sums:
             k_pre_max=self._ranges["k_pre"][1],
             v_mean=v_mean,
             v=self._vv / n_tokens - _outer(v_mean, v_mean),
-            v_scored=self._wvv / w - cross - cross.swapaxes(-1, -2) + _outer(v_mean, v_mean),
-            v_error=self._wwvv / (n_scored * self._group),
+            v_scored=_about(v_mean, self._w, self._wv, self._wvv) / self._w[..., None, None],
+            v_read=_about(v_mean, self._ww, self._wwv, self._wwvv) / (n_scored * self._group),
             v_min=self._ranges["v"][0],
             v_max=self._ranges["v"][1],
         )
@@ -347,6 +352,12 @@ def _gram(x: Array) -> Array:
 
 def _outer(x: Array, y: Array) -> Array:
     return x[..., :, None] * y[..., None, :]
+
+
+def _about(centre: Array, total: Array, first: Array, second: Array) -> Array:
+    """Sums of w (x - centre) (x - centre)^T, given those of w, w x and w x x^T."""
+    cross = _outer(first, centre)
+    return second - cross - cross.swapaxes(-1, -2) + total[..., None, None] * _outer(centre, centre)
 
 
 def attention_received(q: FloatArray, k: FloatArray) -> tuple[Array, Array]:
