@@ -4,7 +4,7 @@
 /* Mean square error of unit normal data by codec. */
 static const float loss_of[KVQ_CODECS] = {
     [KVQ_CODEC_u1] = 0.3634f,  [KVQ_CODEC_u2] = 0.1188f,   [KVQ_CODEC_u4] = 0.01154f,
-    [KVQ_CODEC_t1] = 0.313f,   [KVQ_CODEC_c8] = 0.2012f,   [KVQ_CODEC_t2] = 0.0958f,
+    [KVQ_CODEC_t1] = 0.307f,   [KVQ_CODEC_c8] = 0.195f,   [KVQ_CODEC_t2] = 0.0923f,
     [KVQ_CODEC_n1] = 0.3634f,  [KVQ_CODEC_n2] = 0.1175f,   [KVQ_CODEC_n3] = 0.0345f,
     [KVQ_CODEC_nf4] = 0.0092f, [KVQ_CODEC_q8_0] = 0.00004f};
 
@@ -48,7 +48,8 @@ static kvq_wave make_wave(kvq_basis_kind kind, const kvq_profile *p, int layer, 
 /* ---- widths of latent channels ----------------------------------------------------------- */
 
 enum { MOST_UNITS = KVQ_D_MAX / 4 };
-static const float LOSS_8 = 0.00012f; /* of 256 levels on unit normal data */
+/* Mean square error of unit normal data in a channel of mixed, by run: 8, 4, 2, 1 bits. */
+static const float loss_of_run[KVQ_RUNS] = {0.000044f, 0.00935f, 0.1125f, 0.3515f};
 
 /* What a head's keys can be stored as with a number of 16-bit units per token: the widths of least
  * loss, reverse water-filling among 8, 4, 2, 1 and 0 bits. */
@@ -68,9 +69,9 @@ static void find_mixtures(mixture best[MOST_UNITS + 1], const float *importance,
                     const int units = n8 / 2 + (to4 - n8) / 4 + (to2 - to4) / 8 + (to1 - to2) / 16;
                     if (units > d / 4) continue;
                     const float loss =
-                        LOSS_8 * sum[n8] + loss_of[KVQ_CODEC_u4] * (sum[to4] - sum[n8]) +
-                        loss_of[KVQ_CODEC_u2] * (sum[to2] - sum[to4]) +
-                        loss_of[KVQ_CODEC_u1] * (sum[to1] - sum[to2]) + (sum[d] - sum[to1]);
+                        loss_of_run[0] * sum[n8] + loss_of_run[1] * (sum[to4] - sum[n8]) +
+                        loss_of_run[2] * (sum[to2] - sum[to4]) +
+                        loss_of_run[3] * (sum[to1] - sum[to2]) + (sum[d] - sum[to1]);
                     if (loss >= best[units].loss) continue;
                     best[units] = (mixture){loss,
                                             {(uint16_t)n8, (uint16_t)(to4 - n8),
