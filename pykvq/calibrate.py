@@ -151,7 +151,8 @@ def profile_of(
     bases, value_bases, importances, orders = [], [], [], []
     for layer in range(n_layers):
         with one_thread():
-            basis, importance = key_basis(moments.k_residual[layer], moments.q[layer])
+            queries = typical(moments.q[layer], moments.q_read[layer])
+            basis, importance = key_basis(moments.k_residual[layer], queries)
         if np.abs(basis).max() > _LARGEST:
             raise ValueError(
                 f"The key basis of layer {layer} reaches {np.abs(basis).max():.3g}, beyond the"
@@ -159,7 +160,7 @@ def profile_of(
             )
         bases.append(basis)
         with one_thread():
-            values = typical_values(moments.v[layer], moments.v_read[layer])
+            values = typical(moments.v[layer], moments.v_read[layer])
             value_bases.append(value_basis(values, _output_gram(model, layer)))
         importances.append(importance)
         orders.append(key_order(moments.k_deviation[layer], pairs))
@@ -189,6 +190,17 @@ def profile_of(
             "v_clip": ones_by_layer,
         },
     )
+
+
+def typical(moment: Array, read: Array) -> Array:
+    """What a basis is fitted to: half a second moment [..., D, D], half that of what is read far.
+
+    The latter, scaled to the size of the first, is what errors count by, but rests on few tokens.
+    """
+    size, size_read = (np.trace(x, axis1=-2, axis2=-1)[..., None, None] for x in (moment, read))
+    scale = np.divide(size, size_read, out=np.zeros_like(size), where=size_read > 0)
+    mixed: Array = np.where(size_read > 0, (moment + scale * read) / 2, moment)
+    return mixed
 
 
 # ---- keys -----------------------------------------------------------------------------------
@@ -266,16 +278,6 @@ def value_basis(values: Array, output: Array, *, shrinkage: float = SHRINKAGE) -
     basis: Array = spread @ v.swapaxes(-1, -2) @ stretch
     basis /= np.sqrt(np.square(basis).mean(axis=(-1, -2), keepdims=True) * n)
     return basis
-
-
-def typical_values(values: Array, read: Array) -> Array:
-    """The second moment that a basis of values is made for: half `Moments.v`, half `Moments.v_read`.
-
-    The latter is what errors count by, but rests on the few tokens that are read most.
-    """
-    size, size_read = (np.trace(x, axis1=-2, axis2=-1)[..., None, None] for x in (values, read))
-    scale = np.divide(size, size_read, out=np.zeros_like(size), where=size_read > 0)
-    return (values + scale * read) / 2
 
 
 def value_errors(model: Model, profile: Profile, moments: Moments) -> Array:

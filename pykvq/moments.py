@@ -49,10 +49,13 @@ class Moments:
 
     Attributes:
         n_tokens: Tokens that were averaged over.
-        n_scored: Of these, the ones that `v_scored` and `v_read` were computed from.
+        n_scored: Of these, the ones that `q_read`, `v_scored` and `v_read` were computed from.
         q: [L, H, D, D] second moment of queries after RoPE divided by sqrt(D), over the tokens and
             the query heads that read the KV head: dk^T q dk is the mean squared change of a
             logit if a key changes by dk.
+        q_read: [L, H, D, D] the same, but each query weighted by the sum of the squares of the
+            attention that it pays to keys that are neither sinks nor in the window: so queries that
+            look far stand out.
         k_mean: [L, H, D] mean of keys after RoPE.
         k: [L, H, D, D] centred second moment of keys after RoPE.
         k_deviation: [L, H, D, D] second moment of keys after RoPE without the mean of their block,
@@ -82,6 +85,7 @@ class Moments:
     n_tokens: int
     n_scored: int
     q: Array
+    q_read: Array
     k_mean: Array
     k: Array
     k_deviation: Array
@@ -142,8 +146,8 @@ def collect(
             with BOS where the model wants it; what is left at the end is not used.
         n_ctx: Tokens per chunk: at least the sinks and one block.
         progress: Told how far it is: ("moments", n_done, n) in tokens.
-        scored_every: Every which chunk `v_scored` and `v_read` are computed on: their cost grows
-            with n_ctx^2.
+        scored_every: Every which chunk `q_read`, `v_scored` and `v_read` are computed on: their
+            cost grows with n_ctx^2.
 
     Raises:
         ValueError: The tokens do not fill a chunk, or an argument is out of range.
@@ -211,7 +215,7 @@ class _Sums:
         heads = (info.n_layers, info.n_kv_heads)
         vectors, matrices = (*heads, info.d_head), (*heads, info.d_head, info.d_head)
         self._group = info.n_heads // info.n_kv_heads
-        self._q = np.zeros(matrices)
+        self._q, self._q_read = np.zeros(matrices), np.zeros(matrices)
         self._k, self._kk = np.zeros(vectors), np.zeros(matrices)
         self._k_pre = np.zeros(vectors)
         self._deviation = np.zeros(matrices)
@@ -252,8 +256,12 @@ class _Sums:
             np.minimum(least[layer], x.min(axis=0), out=least[layer])
             np.maximum(most[layer], x.max(axis=0), out=most[layer])
         if scored:
+            received, squares, paid = attention(q, k)
+            for member in range(self._group):
+                root = np.sqrt(paid[SINKS:, :, member, None])
+                self._q_read[layer] += _gram(root * q64[:, :, member])
             for weights, total, first, second in zip(
-                attention_received(q, k),
+                (received, squares),
                 (self._w, self._ww),
                 (self._wv, self._wwv),
                 (self._wvv, self._wwvv),
@@ -285,6 +293,7 @@ class _Sums:
             n_tokens=n_tokens,
             n_scored=n_scored,
             q=self._q / (n_tokens * self._group * d),
+            q_read=self._q_read / (n_scored * self._group * d),
             k_mean=k_mean,
             k=self._kk / n_tokens - _outer(k_mean, k_mean),
             k_deviation=deviation,
@@ -360,20 +369,24 @@ def _about(centre: Array, total: Array, first: Array, second: Array) -> Array:
     return second - cross - cross.swapaxes(-1, -2) + total[..., None, None] * _outer(centre, centre)
 
 
-def attention_received(q: FloatArray, k: FloatArray) -> tuple[Array, Array]:
-    """The attention that tokens receive in one causal pass.
+def attention(q: FloatArray, k: FloatArray) -> tuple[Array, Array, Array]:
+    """Sums over the attention of one causal pass.
+
+    "Far" is from a query to keys that precede it by at least `WINDOW` tokens and are no sinks.
 
     Args:
         q: [n, n_heads, D] queries after RoPE.
         k: [n, H, D] keys after RoPE; query heads are shared evenly among the KV heads.
 
     Returns:
-        [n, H] probabilities of the token, summed over all queries and query heads of the KV head;
-        and [n, H] their squares, summed over the queries that follow by at least `WINDOW` tokens.
+        By key [n, H]: probabilities, summed over all queries and query heads of the KV head; and
+        the squares of far ones, summed likewise (0 for sinks). By query [n, H, n_heads / H]:
+        the squares of far ones, summed over the keys.
     """
     n, n_kv_heads, d = k.shape
     group = q.shape[1] // n_kv_heads
     received, squares = np.zeros((n_kv_heads, n)), np.zeros((n_kv_heads, n))
+    paid = np.zeros((n, n_kv_heads, group))
     later = np.triu(np.ones((_QUERIES, _QUERIES), bool), 1)
     for head in range(n_kv_heads):
         keys = np.ascontiguousarray(k[:, head].T) / np.float32(np.sqrt(d))
@@ -387,10 +400,13 @@ def attention_received(q: FloatArray, k: FloatArray) -> tuple[Array, Array]:
             np.exp(p, out=p)
             scale = 1 / p.sum(axis=-1)
             received[head, :end] += np.tensordot(scale, p, axes=2)
+            far = np.tri(end - start, end, start - WINDOW, dtype=np.float32)
+            far[:, :SINKS] = 0
             np.square(p, out=p)
-            p *= np.tri(end - start, end, start - WINDOW, dtype=np.float32)
+            p *= far
             squares[head, :end] += np.tensordot(scale * scale, p, axes=2)
-    return received.T, squares.T
+            paid[start:end, head] = (scale * scale * p.sum(axis=-1)).T
+    return received.T, squares.T, paid
 
 
 # ---- rotary position embedding --------------------------------------------------------------

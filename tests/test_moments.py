@@ -11,7 +11,7 @@ from conftest import write_tiny
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from pykvq import Model, ModelError
-from pykvq.moments import N_WAVES, SINKS, Moments, Rope, _Sums, attention_received, collect
+from pykvq.moments import N_WAVES, SINKS, Moments, Rope, _Sums, attention, collect
 
 Array = npt.NDArray[np.float64]
 N_CTX = 300
@@ -37,19 +37,25 @@ def observed(
     return seen
 
 
-def plain_attention(q: Array, k: Array) -> tuple[Array, Array]:
-    """[n, H] what each token receives, one query at a time; the squares of what comes from afar."""
+def plain_attention(q: Array, k: Array) -> tuple[Array, Array, Array]:
+    """One query at a time: [n, H] what each token receives; the squares of what comes from afar.
+
+    And [n, H, G] the latter by the query that pays it.
+    """
     n, n_kv_heads, d = k.shape
+    group = q.shape[1] // n_kv_heads
     received, squares = np.zeros((n, n_kv_heads)), np.zeros((n, n_kv_heads))
+    paid = np.zeros((n, n_kv_heads, group))
     for t in range(n):
         for head in range(q.shape[1]):
-            kv_head = head // (q.shape[1] // n_kv_heads)
+            kv_head, member = divmod(head, group)
             scores = k[: t + 1, kv_head] @ q[t, head] / np.sqrt(d)
             p = np.exp(scores - scores.max())
             received[: t + 1, kv_head] += p / p.sum()
-            far = max(0, t + 1 - 128)
-            squares[:far, kv_head] += (p[:far] / p.sum()) ** 2
-    return received, squares
+            far = slice(SINKS, max(SINKS, t + 1 - 128))
+            squares[far, kv_head] += (p[far] / p.sum()) ** 2
+            paid[t, kv_head, member] = ((p[far] / p.sum()) ** 2).sum()
+    return received, squares, paid
 
 
 def turned(rope: Rope, x: Array, position: int) -> Array:
@@ -142,12 +148,13 @@ def test_moments_are_those_of_plain_loops(
             ):
                 assert (low[here] == x.min(axis=0)).all()
                 assert (high[here] == x.max(axis=0)).all()
-        weights, squares = (
+        weights, squares, paid = (
             np.concatenate(of)
             for of in zip(*(plain_attention(c[0], c[1]) for c in seen[::2]), strict=True)
         )
         behind = np.tile(np.arange(N_CTX) >= SINKS, 2)
         values = np.concatenate([c[2] for c in seen[::2]])[behind]
+        queries = np.concatenate([c[0] for c in seen[::2]])[behind]
         for head in range(model.info.n_kv_heads):
             w = weights[behind, head] / weights[behind, head].sum()
             x = values[:, head] - found.v_mean[layer, head]
@@ -155,6 +162,13 @@ def test_moments_are_those_of_plain_loops(
                 found.v_scored[layer, head],
                 np.einsum("t,ta,tb->ab", w, x, x),
                 atol=1e-5 * np.abs(x).max() ** 2,
+            )
+            rows = queries[:, head * group : (head + 1) * group]
+            looking = np.einsum("tg,tga,tgb->ab", paid[behind, head], rows, rows)
+            np.testing.assert_allclose(
+                found.q_read[layer, head],
+                looking / (found.n_scored * group * d),
+                atol=1e-4 * np.trace(looking) / (found.n_scored * group * d),
             )
             read = np.einsum("t,ta,tb->ab", squares[behind, head], x, x)
             np.testing.assert_allclose(
@@ -196,10 +210,11 @@ def test_attention_in_blocks_is_that_of_single_queries() -> None:
     rng = np.random.default_rng(1)
     q = rng.normal(0, 3, (600, 6, 16)).astype(np.float32)
     k = rng.normal(0, 1, (600, 2, 16)).astype(np.float32)
-    found, squares = attention_received(q, k)
-    expected, expected_squares = plain_attention(q, k)
+    found, squares, paid = attention(q, k)
+    expected, expected_squares, expected_paid = plain_attention(q, k)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(squares, expected_squares, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(paid, expected_paid, rtol=1e-4, atol=1e-5)
     assert found.sum() == pytest.approx(600 * 6, rel=1e-5)
 
 
