@@ -28,12 +28,12 @@ help: ## print this list
 
 # ---- what users and CI call ---------------------------------------------------------------------
 
-run: ext ## set everything up, fetch the default model (98 MB), and let it write under --kv skvq
+run: ext ## set up what running needs, fetch the default model (98 MB), and let it write under --kv skvq
 	$(PY) -m pykvq run smollm2 --kv skvq --temp 0 -n 200 -p "Explain in one paragraph why the sky is blue."
 
 test: lint test-c sanitize fuzz pull test-py ## set everything up and run all tests
 
-setup: $(VENV)/.ready ## make the virtual environment with all that is needed for work on pykvq
+setup: $(VENV)/.ready-dev ## make the virtual environment with all that is needed for work on pykvq
 
 # ---- environment --------------------------------------------------------------------------------
 
@@ -51,6 +51,10 @@ $(VENV)/.ready: pyproject.toml
 		exit 1; \
 	fi
 	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
@@ -79,8 +83,9 @@ lib: $(BUILD)/libkvq.a ## build the core as a static library
 $(BUILD)/tests_c: $(TESTS_C) $(BUILD)/libkvq.a $(HEADERS)
 	$(CC) $(KVQ_CFLAGS) $(TESTS_C) $(BUILD)/libkvq.a $(LIBS) -o $@
 
-test-c: $(BUILD)/tests_c ## run the tests of the core, on the best instruction set and on the reference
-	$(BUILD)/tests_c
+test-c: $(BUILD)/tests_c ## run the tests of the core on every instruction set that the processor has
+	KVQ_ISA=avx512 $(BUILD)/tests_c
+	KVQ_ISA=avx2 $(BUILD)/tests_c
 	KVQ_ISA=ref $(BUILD)/tests_c
 
 $(BUILD)/tests_c_sanitized: $(TESTS_C) $(CORE) $(HEADERS)
@@ -122,16 +127,16 @@ $(FUZZ_TARGETS:%=fuzz-libfuzzer-%): fuzz-libfuzzer-%: tests/fuzz/fuzz_%.c $(BUIL
 
 # ---- Python, style, benchmarks ------------------------------------------------------------------
 
-test-py: ext ## run the tests of the package
+test-py: ext $(VENV)/.ready-dev ## run the tests of the package
 	$(PY) -m pytest
 
-lint: $(VENV)/.ready ## check style and types
+lint: $(VENV)/.ready-dev ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
 
-format: $(VENV)/.ready ## bring all sources into the project's style
+format: $(VENV)/.ready-dev ## bring all sources into the project's style
 	$(VENV)/bin/ruff check --fix -q .
 	$(VENV)/bin/ruff format -q .
 	$(VENV)/bin/clang-format -i $(C_FILES)

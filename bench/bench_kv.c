@@ -11,6 +11,7 @@
  *
  * Build and run: make bench-kv.  KVQ_ISA chooses the instruction set; --json prints JSON.
  */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -101,7 +102,7 @@ static void open_work(work *w, const kvq_isa *isa, kvq_codec_id id, int d, size_
     w->blocks = allocate(bytes ? bytes : w->block_bytes);
     for (int i = 0; i < KVQ_BLOCK * d; i++) w->rows[i] = kvq_f32_to_f16(noise(&state));
     for (int i = 0; i < MOST_QUERIES * d; i++) w->q[i] = noise(&state);
-    for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) w->p[i] = 0.01f * noise(&state);
+    for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) w->p[i] = 0.01f * fabsf(noise(&state));
     kvq_codecs[id].encode(w->blocks, w->rows, &w->shape);
     for (int b = 1; b < w->n_blocks && w->stride; b++) {
         memcpy(w->blocks + (size_t)b * w->stride, w->blocks, w->block_bytes);

@@ -24,6 +24,12 @@ bool kvq_cpu_has_avx2(void) { /* F16C by cpuid: clang's builtin does not know it
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+bool kvq_cpu_has_avx512(void) { /* the builtin asks the system too: does it save these registers? */
+    return kvq_cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 static bool always(void) { return true; }
@@ -47,6 +53,7 @@ const kvq_isa kvq_isa_ref = {
 
 static const kvq_isa *const best_first[] = {
 #if defined(__x86_64__) || defined(_M_X64)
+    &kvq_isa_avx512,
     &kvq_isa_avx2,
 #endif
     &kvq_isa_ref,
@@ -80,7 +87,7 @@ kvq_status kvq_isa_choose(const kvq_isa **out) {
 }
 
 kvq_status kvq_isa_selected(const char **name) {
-    const kvq_isa *isa;
+    const kvq_isa *isa = NULL;
     const kvq_status status = kvq_isa_choose(&isa);
     if (status == KVQ_OK) *name = isa->name;
     return status;

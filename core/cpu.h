@@ -6,8 +6,10 @@
 
 int kvq_cpu_count(void); /* processors that this process may use */
 
-/* AVX2, FMA and F16C. Asked here, since a file compiled for them must not run before the answer. */
+/* AVX2, FMA and F16C; these and AVX-512 F, BW, DQ, VL and VNNI. Asked here, since a file compiled
+ * for them must not run before the answer. */
 bool kvq_cpu_has_avx2(void);
+bool kvq_cpu_has_avx512(void);
 
 /* Bytes that can be had without paging: free memory and what the system holds as a cache of files;
  * the whole memory where the system does not tell. */

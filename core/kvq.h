@@ -61,6 +61,18 @@ kvq_status kvq_model_open(kvq_model **out, const char *path);
 void kvq_model_close(kvq_model *model); /* takes NULL */
 void kvq_model_describe(const kvq_model *model, kvq_model_info *out);
 
+/* Two channels of a head that RoPE turns by position * frequency radians: (a, b) becomes
+ * (a cos - b sin, a sin + b cos). The frequency has the model's scaling and factors in it. */
+typedef struct kvq_rope_pair {
+    int32_t first, second;
+    double frequency;
+} kvq_rope_pair;
+
+/* The pairs are the same in all heads of queries and keys; channels in none of them are not
+ * turned. */
+int32_t kvq_model_rope_count(const kvq_model *model);
+kvq_status kvq_model_rope(const kvq_model *model, int32_t index, kvq_rope_pair *out);
+
 /* Numbered as in the GGUF specification. */
 typedef enum kvq_meta_type {
     KVQ_META_U8 = 0,
@@ -194,6 +206,7 @@ typedef struct kvq_session_stats {
      * tables): bits_full once n_ctx tokens fill it, bits_used for the n_tokens that it holds now.
      */
     double bits_full, bits_used;
+    int32_t uses_profile;  /* 1: with another profile, or without, the cache would be another */
     int32_t kv_topk;       /* 0: tokens evaluated alone read all sealed blocks */
     uint64_t bytes_step_k; /* of keys that one more token evaluated alone reads, all layers */
     uint64_t bytes_step_v; /* the same of values */

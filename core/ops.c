@@ -15,12 +15,15 @@ void kvq_rms_norm(float *y, const float *x, const float *w, size_t n, float epsi
     for (i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
+double kvq_rope_frequency(int i, int d_rope, float base, const float *factors) {
+    return pow((double)base, -2.0 * i / d_rope) / (factors ? (double)factors[i] : 1.0);
+}
+
 void kvq_rope_angles(float *cos_sin, int position, int d_rope, float base, float scale,
                      const float *factors) {
     for (int i = 0; i < d_rope / 2; i++) {
-        const double frequency =
-            pow((double)base, -2.0 * i / d_rope) / (factors ? (double)factors[i] : 1.0);
-        const double angle = position / (double)scale * frequency;
+        const double angle =
+            position / (double)scale * kvq_rope_frequency(i, d_rope, base, factors);
         cos_sin[2 * i] = (float)cos(angle);
         cos_sin[2 * i + 1] = (float)sin(angle);
     }
@@ -28,10 +31,10 @@ void kvq_rope_angles(float *cos_sin, int position, int d_rope, float base, float
 
 void kvq_rope_rotate(float *x, int n_heads, int d_head, const float *cos_sin, int d_rope,
                      bool neox) {
-    const int apart = neox ? d_rope / 2 : 1, step = neox ? 1 : 2;
     for (int h = 0; h < n_heads; h++, x += d_head) {
         for (int i = 0; i < d_rope / 2; i++) {
-            float *const a = x + i * step, *const b = a + apart;
+            float *const a = x + kvq_rope_first(i, neox);
+            float *const b = x + kvq_rope_second(i, d_rope, neox);
             const float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], a0 = *a, b0 = *b;
             *a = a0 * c - b0 * s;
             *b = a0 * s + b0 * c;

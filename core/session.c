@@ -50,6 +50,24 @@ void kvq_model_describe(const kvq_model *model, kvq_model_info *out) {
                             .bytes_weights = model->bytes_weights};
 }
 
+int32_t kvq_model_rope_count(const kvq_model *model) { return (int32_t)model->config.d_rope / 2; }
+
+kvq_status kvq_model_rope(const kvq_model *model, int32_t index, kvq_rope_pair *out) {
+    const kvq_config *const c = &model->config;
+    const int count = kvq_model_rope_count(model), d = (int)c->d_rope;
+    const bool neox = c->rope == KVQ_ROPE_NEOX;
+    const float *const factors = kvq_tensor_vector(&model->rope_freqs);
+    if (index < 0 || index >= count) {
+        return kvq_fail(KVQ_ERR_ARGUMENT, "RoPE pair %d does not exist; there are %d.", index,
+                        count);
+    }
+    *out = (kvq_rope_pair){.first = kvq_rope_first(index, neox),
+                           .second = kvq_rope_second(index, d, neox),
+                           .frequency = kvq_rope_frequency(index, d, c->rope_base, factors) /
+                                        (double)c->rope_scale};
+    return KVQ_OK;
+}
+
 uint64_t kvq_model_meta_count(const kvq_model *model) { return kvq_gguf_meta_count(model->file); }
 
 kvq_status kvq_model_meta(const kvq_model *model, uint64_t index, kvq_meta *out) {
@@ -114,6 +132,7 @@ struct kvq_session {
     kvq_track *tracks; /* [n_layers][KVQ_SIDES][n_kv_heads] */
     double bits[KVQ_SIDES];
     size_t table_bytes;
+    bool uses_profile;
     kvq_turns turns; /* n_pairs 0: no track has waves */
     int n_ctx, n_batch, n_threads, sinks, window, topk;
     kvq_forward forward;
@@ -204,7 +223,10 @@ static kvq_status make_plan(kvq_session *s, const kvq_session_options *o) {
             if (s->tracks[i].wave.n) s->turns.n_pairs = (int)c->d_rope / 2;
         }
         if (status == KVQ_OK && s->topk) status = check_topk(s, n_tracks);
-        if (status == KVQ_OK) s->table_bytes = kvq_plan_table_bytes(s->tracks, &request);
+        if (status == KVQ_OK) {
+            s->table_bytes = kvq_plan_table_bytes(s->tracks, &request);
+            s->uses_profile = kvq_plan_uses_profile(s->tracks, &request);
+        }
     }
     kvq_free(key_bias);
     return status;
@@ -498,6 +520,7 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         .bits_sealed_v = s->bits[KVQ_VALUES],
         .bits_full = 8.0 * (double)(total + s->table_bytes) / (per_token * s->n_ctx),
         .bits_used = held(s) ? 8.0 * (now + (double)s->table_bytes) / (per_token * held(s)) : 0.0,
+        .uses_profile = s->uses_profile,
         .kv_topk = s->topk,
         .bytes_step_k = bytes_step(s, KVQ_KEYS),
         .bytes_step_v = bytes_step(s, KVQ_VALUES),

@@ -106,6 +106,8 @@ def _chat(args: argparse.Namespace) -> int:
 def _add_info(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, default=None)
     options.add_context(parser, "as it was trained")
+    options.add_kv(parser, many=True, default=None)
+    options.add_topk(parser)
     options.add_profile(parser)
     options.add_json(parser)
 

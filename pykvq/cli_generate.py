@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
             stream = session.generate(
                 ids, limit, params=params, stop=args.reverse_prompt, stream=True
             )
-        _announce(model, session, form)
+        _announce(args, model, session, form)
         interrupted = _write(stream, quiet=args.json)
         result = stream.result
         if args.json:
             print(json.dumps(_as_json(model, session, result)), flush=True)
-        _conclude(result, session.stats)
+        _conclude(result, session.stats, params.greedy)
         if _is_cut(result, limit):
             warn(f"The context of {n_ctx} tokens is full; a larger one can be had with -c.")
     return EXIT_INTERRUPTED if interrupted else 0
@@ -82,15 +82,33 @@ def _system(args: argparse.Namespace) -> list[dict[str, str]]:
     return [{"role": "system", "content": args.system_prompt}]
 
 
-def _announce(model: Model, session: Session, form: str) -> None:
+def _announce(args: argparse.Namespace, model: Model, session: Session, form: str) -> None:
     s = session.stats
-    f16 = f", {s.sinks} first and {s.window} last tokens in f16" if s.sinks or s.window else ""
     notice(
-        f"{model.info.name}; KV cache {s.scheme}{f16}{options.profile_note(model)}; {s.isa},"
-        f" {s.n_threads}"
+        f"{model.info.name}; KV cache {_cache(args, s)}"
+        f"{options.profile_note(model, s.uses_profile)}; {s.isa}, {s.n_threads}"
         f" thread{'s' if s.n_threads > 1 else ''}; {form}."
     )
     options.warn_of_key_bias(model, [s.scheme])
+
+
+def _cache(args: argparse.Namespace, s: SessionStats) -> str:
+    """The scheme, what was asked of it and what came of that."""
+    from pykvq.native import block_tokens
+
+    scheme = [s.scheme]
+    if args.kv_bits is not None:
+        scheme.append(f"--kv-bits {args.kv_bits:g}")
+    if args.asymkv_layers is not None:
+        scheme.append("--asymkv-layers {},{}".format(*args.asymkv_layers))
+    notes = [f"{' '.join(scheme)} ({s.bits_sealed:.2f} bits per sealed element)"]
+    if s.sinks or s.window:
+        notes.append(f"{s.sinks} first and {s.window} last tokens in f16")
+    if s.kv_topk:
+        block = block_tokens()
+        blocks = -(-s.kv_topk // block)
+        notes.append(f"{blocks * block} sealed tokens read by each written one")
+    return ", ".join(notes)
 
 
 def _write(stream: Stream, quiet: bool = False) -> bool:
@@ -117,16 +135,18 @@ def _is_cut(result: Generation, limit: int | None) -> bool:
     return result.finish_reason == "length" and limit != len(result.tokens)
 
 
-def _conclude(result: Generation, cache: SessionStats) -> None:
+def _conclude(result: Generation, cache: SessionStats, greedy: bool) -> None:
     done = result.stats
     reused = f" ({done.n_reused} reused)" if done.n_reused else ""
     held = done.n_reused + done.n_evaluated
     stopped_at = f"{held} of " if held < done.n_prompt else ""
+    bases = f" and bases of {size(cache.bytes_tables)}" if cache.bytes_tables else ""
     notice(
         f"prompt {stopped_at}{done.n_prompt} tokens{reused}, {done.prompt_per_second:.1f}/s;"
         f" written {done.n_generated} tokens, {done.decode_per_second:.1f}/s;"
-        f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens,"
-        f" {cache.bits_full:.2f} bits per element; seed {result.seed}."
+        f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens{bases},"
+        f" {cache.bits_full:.2f} bits per element; "
+        f"{'greedy' if greedy else f'seed {result.seed}'}."
     )
 
 
@@ -160,7 +180,7 @@ def chat(args: argparse.Namespace) -> int:
         n_ctx = options.context_size(args, model, options.CHAT_CONTEXT)
         with options.checked():
             session = model.session(n_ctx=n_ctx)
-        _announce(model, session, _COMMANDS)
+        _announce(args, model, session, _COMMANDS)
         conversation = _Conversation(args, model, session, params)
         interactive = sys.stdin.isatty()
         while True:
@@ -230,7 +250,7 @@ class _Conversation:
         result = stream.result
         self._messages = [*messages, {"role": "assistant", "content": result.text}]
         self._text, self._ids = text + result.text, ids + result.tokens
-        _conclude(result, self._session.stats)
+        _conclude(result, self._session.stats, self._params.greedy)
         if _is_cut(result, limit):
             warn(
                 f"The answer was cut, because the context of {self._session.n_ctx} tokens is full;"

@@ -10,14 +10,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pykvq import cli_options as options
-from pykvq.console import ProgressBar, size
+from pykvq.console import ProgressBar, UsageError, size
 from pykvq.errors import MemoryLimitError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pykvq.model import Model
-    from pykvq.native import Scheme
+    from pykvq.native import Scheme, SessionStats
 
 #: Longest value of a metadata entry that is shown.
 _SHOWN = 60
@@ -28,21 +28,52 @@ _SHOWN = 60
 
 def info(args: argparse.Namespace) -> int:
     """Shows a model, or this installation if none is named."""
+    given = options.kv_options(args)
     if options.model_name(args) is None:
+        about = (args.kv, args.ctx_size, args.profile, *given.values())
+        if any(value is not None for value in about):
+            raise UsageError(
+                "-c, --profile and the options of KV schemes are about a model, but none is named."
+            )
         facts = _installation()
         if args.json:
             print(json.dumps(facts))
         else:
             _show_installation(facts)
         return 0
+    from pykvq.native import scheme_named
+
+    names = _named(args)
     with options.open_model(args) as model:
         n_ctx = options.context_size(args, model, model.info.n_ctx_train)
-        costs = [_cost(model, scheme, n_ctx) for scheme in model.schemes]
+        known = {scheme.name: scheme for scheme in model.schemes}
+        # One that this model cannot have is refused by the core, which says why.
+        schemes = [known.get(name) or scheme_named(name) for name in names or known]
+        costs = [_cost(model, scheme, n_ctx, given) for scheme in schemes]
         if args.json:
             print(json.dumps(_model_facts(model, n_ctx, costs)))
         else:
-            _show_model(model, n_ctx, costs)
+            _show_model(model, n_ctx, costs, switched_off=args.profile == "none")
     return 0
+
+
+def _named(args: argparse.Namespace) -> list[str]:
+    """The schemes that --kv names; empty if it is not given."""
+    if args.kv is None:
+        for flag, value in (
+            ("--kv-bits", args.kv_bits),
+            ("--kv-topk", args.kv_topk),
+            ("--asymkv-layers", args.asymkv_layers),
+        ):
+            if value is not None:
+                raise UsageError(f"Not all KV schemes take {flag}: name those that do with --kv.")
+        return []
+    names = options.comma_separated(args.kv)
+    if not names:
+        raise UsageError("--kv names no scheme, expected at least one.")
+    for name in names:
+        options.check_scheme(name)
+    return names
 
 
 def _installation() -> dict[str, Any]:
@@ -81,8 +112,23 @@ def _show_installation(facts: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _cost(model: Model, scheme: Scheme, n_ctx: int) -> dict[str, Any]:
-    """What the cache of a scheme takes; if there can be none here, `missing` says what it lacks."""
+def _cost(model: Model, scheme: Scheme, n_ctx: int, given: dict[str, Any]) -> dict[str, Any]:
+    """What the cache of a scheme takes; if there can be none here, `missing` says what it lacks.
+
+    Args:
+        model: The model.
+        scheme: The scheme.
+        n_ctx: Tokens of context.
+        given: Further arguments of `Model.session`.
+    """
+
+    def stats(n_ctx: int) -> SessionStats:
+        with (
+            options.checked(),
+            model.session(kv=scheme.name, n_ctx=n_ctx, n_batch=1, **given) as session,
+        ):
+            return session.stats
+
     cost: dict[str, Any] = {"kv": scheme.name, "bytes": None, "bits_full": None, "missing": None}
     cost["bytes_tables"] = 0
     cost["copes_with_keys"] = not (model.has_key_bias and scheme.key_bias_sensitive)
@@ -91,13 +137,13 @@ def _cost(model: Model, scheme: Scheme, n_ctx: int) -> dict[str, Any]:
         cost["missing"] = "needs a profile"
         return cost
     try:
-        with options.checked(), model.session(kv=scheme.name, n_ctx=n_ctx, n_batch=1) as session:
-            stats = session.stats
-            cost["bytes"], cost["bits_full"] = stats.bytes_kv, stats.bits_full
-            cost["bytes_tables"] = stats.bytes_tables
-            cost["bits_sealed"] = stats.bits_sealed
+        full = stats(n_ctx)
+        cost["bytes"], cost["bits_full"] = full.bytes_kv, full.bits_full
+        cost["bytes_tables"] = full.bytes_tables
     except MemoryLimitError:
         cost["missing"] = "more than the memory"
+        full = stats(1)
+    cost["bits_sealed"] = full.bits_sealed
     return cost
 
 
@@ -141,12 +187,13 @@ def _shown(value: object) -> str:
     return line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
 
 
-def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]]) -> None:
+def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]], switched_off: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     about = model.info
     facts = _table("model", header=False)
+    no_profile = "switched off" if switched_off else "none; `pykvq calibrate` makes one"
     heads = f"{about.n_heads} heads, {about.n_kv_heads} KV heads of width {about.d_head}"
     for name, text in (
         ("name", about.name),
@@ -158,7 +205,7 @@ def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]]) -> None:
         ("vocabulary", f"{about.n_vocab} tokens"),
         ("trained context", f"{about.n_ctx_train} tokens"),
         ("chat template", "yes" if model.has_chat_template else "no"),
-        ("KV profile", str(model.profile_path or "none; `pykvq calibrate` makes one")),
+        ("KV profile", str(model.profile_path or no_profile)),
     ):
         facts.add_row(name, escape(text))
     types = _table("weights")
@@ -167,12 +214,13 @@ def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]]) -> None:
     for row in _tensor_types(model):
         types.add_row(row["type"], str(row["tensors"]), size(row["bytes"]))
     cache = _table(f"KV cache for {n_ctx} tokens")
-    for name in ("scheme", "size", "bits per element", "of a sealed block"):
+    for name in ("scheme", "size", "bases", "bits per element", "of a sealed block"):
         cache.add_column(name)
     for cost in costs:
         cache.add_row(
             cost["kv"] if cost["copes_with_keys"] else f"{cost['kv']} *",
             cost["missing"] or size(cost["bytes"]),
+            size(cost["bytes_tables"]) if cost["bytes_tables"] else "",
             "" if cost["missing"] else f"{cost['bits_full']:.3f}",
             f"{cost['bits_sealed']:.3f}",
         )

@@ -251,9 +251,53 @@ def warn_of_key_bias(model: Model, names: Sequence[str]) -> None:
             )
 
 
-def profile_note(model: Model) -> str:
-    """What a notice about a session says of the profile that it uses, if it uses one."""
-    return "" if model.profile_path is None else f"; profile {model.profile_path}"
+def profile_note(model: Model, used: bool) -> str:
+    """What a notice says of the model's profile, if it has one and sessions use it."""
+    return f"; profile {model.profile_path}" if used and model.profile_path is not None else ""
+
+
+def add_kv(parser: argparse._ActionsContainer, *, many: bool, default: str | None) -> None:
+    """The KV scheme and its settings.
+
+    Args:
+        parser: What to add them to.
+        many: Whether to allow several schemes, divided by commas.
+        default: The scheme that is taken if none is named; None for all.
+    """
+    names = "names of KV schemes, divided by commas" if many else "KV scheme"
+    parser.add_argument(
+        "--kv",
+        default=default,
+        metavar="NAME,..." if many else "NAME",
+        help=f"{names}; `pykvq info` lists them (default: {default or 'all'})",
+    )
+    parser.add_argument("--kv-window", type=_count(0), metavar="N", help="last tokens kept in f16")
+    parser.add_argument("--kv-sinks", type=_count(0), metavar="N", help="first tokens kept in f16")
+    parser.add_argument(
+        "--kv-bits",
+        type=_number,
+        metavar="BITS",
+        help="bits per element of schemes with a budget, such as auto (default: the scheme's);"
+        " `pykvq eval` has NAME:BITS instead",
+    )
+    parser.add_argument(
+        "--asymkv-layers",
+        type=_layers,
+        metavar="K,V",
+        help="asymkv: l_k and l_v, how many layers, from the first, have the higher bits for keys"
+        " and for values (default: all and half of them)",
+    )
+
+
+def add_topk(parser: argparse._ActionsContainer) -> None:
+    """What tokens read of the cache."""
+    parser.add_argument(
+        "--kv-topk",
+        type=_count(0),
+        metavar="N",
+        help="tokens of sealed blocks that each generated token reads, rounded up to whole blocks"
+        " of 64 (default, and 0: all)",
+    )
 
 
 def add_session(parser: argparse.ArgumentParser, context: str, many: bool = False) -> None:
@@ -266,36 +310,9 @@ def add_session(parser: argparse.ArgumentParser, context: str, many: bool = Fals
     """
     group = parser.add_argument_group("KV cache and threads")
     add_context(group, context)
-    names = "names of KV schemes, divided by commas" if many else "KV scheme"
-    group.add_argument(
-        "--kv",
-        default=DEFAULT_KV,
-        metavar="NAME,..." if many else "NAME",
-        help=f"{names}; `pykvq info` lists them (default: {DEFAULT_KV})",
-    )
-    group.add_argument("--kv-window", type=_count(0), metavar="N", help="last tokens kept in f16")
-    group.add_argument("--kv-sinks", type=_count(0), metavar="N", help="first tokens kept in f16")
+    add_kv(group, many=many, default=DEFAULT_KV)
     if not many:  # perplexity reads many tokens at a time
-        group.add_argument(
-            "--kv-topk",
-            type=_count(0),
-            metavar="N",
-            help="tokens of sealed blocks that each generated token reads (default: all)",
-        )
-    group.add_argument(
-        "--kv-bits",
-        type=_number,
-        metavar="BITS",
-        help="bits per element of schemes with a budget, such as auto (default: the scheme's);"
-        " `pykvq eval` has NAME:BITS instead",
-    )
-    group.add_argument(
-        "--asymkv-layers",
-        type=_layers,
-        metavar="K,V",
-        help="asymkv: how many layers, from the first, have the higher bits for keys and for"
-        " values (default: all and half of them)",
-    )
+        add_topk(group)
     group.add_argument(
         "-b", "--batch-size", type=_count(1), metavar="N", help="tokens per pass (default: 512)"
     )
@@ -303,16 +320,23 @@ def add_session(parser: argparse.ArgumentParser, context: str, many: bool = Fals
     add_profile(group)
 
 
-def session_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_session` as arguments for `Model` and `Model.session`, but for `kv`."""
+def kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_kv` and `add_topk` as arguments for `Model.session`, but for `kv`."""
     return {
-        "n_batch": args.batch_size,
-        "n_threads": args.threads,
         "kv_window": args.kv_window,
         "kv_sinks": args.kv_sinks,
         "kv_bits": args.kv_bits,
         **({"kv_topk": args.kv_topk} if "kv_topk" in args else {}),
         "asymkv_layers": args.asymkv_layers,
+    }
+
+
+def session_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_session` as arguments for `Model` and `Model.session`, but for `kv`."""
+    return {
+        "n_batch": args.batch_size,
+        "n_threads": args.threads,
+        **kv_options(args),
     }
 
 

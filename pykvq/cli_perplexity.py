@@ -43,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
                 **options.session_options(args),
             )
         seconds = time.perf_counter() - start
+        profiled = any(native.scheme_named(name).profile != "none" for name in names)
         notice(
-            f"{model.info.name}{options.profile_note(model)}; {native.isa_selected()}; chunks of"
-            f" {n_ctx} tokens, {'token by token' if args.stream else 'read as prompts'}; scored is"
-            " the second half."
+            f"{model.info.name}{options.profile_note(model, profiled)}; {native.isa_selected()};"
+            f" chunks of {n_ctx} tokens, {'token by token' if args.stream else 'read as prompts'};"
+            " scored is the second half."
         )
         if not args.stream and any(name != REFERENCE for name in names):
             n_batch = min(n_ctx, args.batch_size or 512)

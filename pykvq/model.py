@@ -19,7 +19,7 @@ from pykvq.checks import SESSION_RANGES, whole_number
 from pykvq.closing import Closing
 from pykvq.errors import ModelError
 from pykvq.metadata import Metadata
-from pykvq.native import Scheme, Tensor
+from pykvq.native import RopePair, Scheme, Tensor
 from pykvq.sampling_params import SamplingParams
 from pykvq.session import Session
 
@@ -227,13 +227,23 @@ class Model(Closing):
         path = self.profile_path
         return None if path is None else native.ProfileHandle(self._handle, path)
 
-    def profile_for(self, kv: str) -> native.ProfileHandle | None:
+    def profile_for(self, kv: str, kv_bits: float | None = None) -> native.ProfileHandle | None:
         """The open profile, if the scheme makes use of one and there is one; for sessions.
 
         Raises:
-            ModelError: The profile is damaged, or made for another model (ValueError).
+            ModelError: The profile is damaged.
+            ValueError: It is for another model; or there must be one, and the model was opened
+                without.
         """
-        return None if native.scheme_named(kv).profile == "none" else self._profile_handle
+        scheme = native.scheme_named(kv)
+        needed = scheme.profile == "needed" or (scheme.has_budget and kv_bits is not None)
+        if needed and self._profile is False:
+            raise ValueError(
+                f"The KV scheme {kv} needs a profile of the model"
+                f"{' to spend a budget of bits' if kv_bits is not None else ''}, but profiles were"
+                " switched off (--profile none, in Python profile=False)."
+            )
+        return None if scheme.profile == "none" else self._profile_handle
 
     # ---- text -------------------------------------------------------------------------------
 
@@ -394,6 +404,11 @@ class Model(Closing):
     def tensors(self) -> list[Tensor]:
         """The tensor directory, in the order of the file."""
         return self._handle.tensors()
+
+    @property
+    def rope(self) -> list[RopePair]:
+        """The pairs of channels of a head that RoPE turns by position, and how fast."""
+        return self._handle.rope()
 
     @functools.cached_property
     def has_key_bias(self) -> bool:

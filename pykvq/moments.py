@@ -8,11 +8,9 @@ the same input gives the same numbers on the same kind of processor, whatever th
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,7 +150,6 @@ def collect(
     Raises:
         ValueError: The tokens do not fill a chunk, or an argument is out of range.
         ModelError: The model computes something that is not finite.
-        OSError: The file cannot be read again, where its RoPE factors are needed.
     """
     n_ctx = chunk_tokens(n_ctx)
     scored_every = whole_number("scored_every", scored_every, 1)
@@ -428,33 +425,9 @@ class Rope:
 
     @classmethod
     def of(cls, model: Model) -> Rope:
-        """The rotation of a model, as core/arch.c and core/ops.c define it.
-
-        Raises:
-            ModelError: The architecture's pairing of channels is not known here.
-            OSError: The file cannot be read again, where its RoPE factors are needed.
-        """
-        architecture, d_head = model.info.architecture, model.info.d_head
-
-        def number(key: str, otherwise: float) -> float:
-            return float(str(model.metadata.get(f"{architecture}.{key}", otherwise)))
-
-        n = int(number("rope.dimension_count", d_head)) // 2
-        pair = np.arange(n)
-        pairings = {"llama": (2 * pair, 2 * pair + 1), "qwen2": (pair, pair + n)}
-        if architecture not in pairings:
-            raise ModelError(
-                f"How RoPE pairs the channels of the architecture {architecture} is not known to"
-                f" calibration, only that of: {', '.join(pairings)}."
-            )
-        first, second = pairings[architecture]
-        frequencies = number("rope.freq_base", 10000.0) ** (-pair / n)
-        if model.metadata.get(f"{architecture}.rope.scaling.type") != "none":
-            scale = number("rope.scale_linear", 1.0)
-            frequencies /= number("rope.scaling.factor", scale)
-        if any(tensor.name == _FACTORS for tensor in model.tensors):
-            frequencies /= _factors(model.info.path)
-        return cls(first, second, frequencies)
+        """The rotation of a model."""
+        first, second, frequencies = zip(*model.rope, strict=True)
+        return cls(np.array(first, np.intp), np.array(second, np.intp), np.array(frequencies))
 
     def sinusoids(self, positions: npt.NDArray[np.integer]) -> Array:
         """The cosines of the angles at positions [t], then the sines: [t, 2 n]."""
@@ -488,23 +461,3 @@ class Rope:
         rotated = np.stack([self.first, self.second], axis=1)
         rest = np.arange(rotated.size, d_head).reshape(-1, 2)
         return np.concatenate([rotated, rest])
-
-
-_FACTORS = "rope_freqs.weight"
-_PART = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
-
-
-def _factors(path: str) -> Array:
-    """The divisors of the frequencies that Llama 3.1 and later have, from the file or its parts."""
-    from gguf import GGUFReader
-
-    parts = [Path(path)]
-    split = _PART.fullmatch(parts[0].name)
-    if split is not None:
-        pattern = f"{split['stem']}-*-of-{split['count']}.gguf"
-        parts = sorted(part for part in parts[0].parent.iterdir() if part.match(pattern))
-    for part in parts:
-        for tensor in GGUFReader(part).tensors:
-            if tensor.name == _FACTORS:
-                return np.asarray(tensor.data, np.float64)
-    raise ModelError(f"The tensor {_FACTORS} of {path} is not in any of its files.")

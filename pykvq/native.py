@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pykvq._native import ffi, lib
 from pykvq.errors import (
@@ -233,6 +233,20 @@ class Tensor:
     n_bytes: int
 
 
+class RopePair(NamedTuple):
+    """Two channels of a head that RoPE turns together; see `kvq_rope_pair` in core/kvq.h.
+
+    Attributes:
+        first: The channel a of (a, b) -> (a cos - b sin, a sin + b cos).
+        second: The channel b.
+        frequency: Angle per position, in radians; the model's scaling and factors are in it.
+    """
+
+    first: int
+    second: int
+    frequency: float
+
+
 @dataclass(frozen=True)
 class RawMeta:
     """A metadata entry as the file has it: see `kvq_meta` in core/kvq.h."""
@@ -310,6 +324,16 @@ class ModelHandle:
         """What the file calls the kind of network that it holds."""
         with self.lock:
             return _text(self.describe().architecture)
+
+    def rope(self) -> list[RopePair]:
+        """The pairs of channels that RoPE turns, the same in all heads."""
+        with self.lock:
+            out = ffi.new("kvq_rope_pair *")
+            found = []
+            for index in range(lib.kvq_model_rope_count(self.pointer)):
+                check(lib.kvq_model_rope(self.pointer, index, out))
+                found.append(RopePair(int(out.first), int(out.second), float(out.frequency)))
+            return found
 
     def meta_keys(self) -> list[str]:
         """The keys of the metadata, in the order of the file."""
@@ -389,6 +413,7 @@ class SessionStats:
         bits_sealed_v: The same for values.
         bits_full: Bits per element of a full context, everything included.
         bits_used: The same for the tokens held now; 0 where there are none.
+        uses_profile: Whether anything in the cache is as it is by a calibrated profile.
         kv_topk: Tokens of sealed blocks that a token evaluated alone reads, per KV head; 0: all.
         bytes_step_k: Bytes of keys that one more token evaluated alone reads, all layers.
         bytes_step_v: The same of values.
@@ -415,6 +440,7 @@ class SessionStats:
     bits_sealed_v: float
     bits_full: float
     bits_used: float
+    uses_profile: bool
     kv_topk: int
     bytes_step_k: int
     bytes_step_v: int
@@ -629,6 +655,7 @@ class SessionHandle:
             bits_sealed_v=float(raw.bits_sealed_v),
             bits_full=float(raw.bits_full),
             bits_used=float(raw.bits_used),
+            uses_profile=bool(raw.uses_profile),
             kv_topk=int(raw.kv_topk),
             bytes_step_k=int(raw.bytes_step_k),
             bytes_step_v=int(raw.bytes_step_v),

@@ -86,7 +86,7 @@ class Session(Closing):
             n_threads=_option("n_threads", n_threads, 0),
             sinks=_option("kv_sinks", kv_sinks, -1),
             window=_option("kv_window", kv_window, -1),
-            profile=model.profile_for(kv),
+            profile=model.profile_for(kv, kv_bits),
             kv_bits=0.0 if kv_bits is None else budget(kv_bits),
             kv_topk=_option("kv_topk", kv_topk, 0),
             l_k=l_k,

@@ -505,7 +505,7 @@ def test_calibrate_makes_the_profile_that_run_and_info_use(
     write_profile(tmp_path / "same.gguf", profile)
     assert own.read_bytes() == (tmp_path / "same.gguf").read_bytes()
 
-    run = ["run", model, "-p", "the", "-n", "1", "--raw"]
+    run = ["run", model, "-p", "the", "-n", "1", "--raw", "--kv", "skvq-g32"]
     for more, used in (
         ([], f"; profile {own}; "),
         (["--profile", str(tmp_path / "same.gguf")], f"; profile {tmp_path / 'same.gguf'}; "),

@@ -90,7 +90,7 @@ def test_a_prompt_that_was_interrupted_counts_what_was_evaluated(
 ) -> None:
     with tiny.session(n_batch=16) as session:
         result = session.generate([1] * 100, 5, progress=lambda *_: session.cancel())
-        cli_generate._conclude(result, session.stats)
+        cli_generate._conclude(result, session.stats, greedy=False)
     assert "prompt 16 of 100 tokens, " in capsys.readouterr().err
 
 

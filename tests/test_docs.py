@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,30 @@ def test_headers_include_only_what_lies_below(header: str) -> None:
     (path,) = (ROOT / "core").rglob(header)
     included = {Path(name).name for name in re.findall(r'#include "([^"]+)"', path.read_text())}
     assert {name for name in included if name.endswith(".h")} - {"kvq.h"} == LAYERS[header]
+
+
+def test_lines_of_the_core_have_100_columns_of_ascii() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in (ROOT / "core").rglob("*.*")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100 or not line.isascii()
+    ]
+    assert not wrong
+
+
+def planned(goal: str) -> str:
+    """What make would do for a goal in a fresh clone."""
+    free = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "--dry-run", f"--directory={ROOT}", "VENV=/no/such/venv", goal]
+    return subprocess.run(command, env=free, capture_output=True, text=True, check=True).stdout
+
+
+def test_who_only_runs_gets_no_development_tools() -> None:
+    assert "pip install" in planned("run")
+    assert "[dev]" not in planned("run")
+    for goal in ("setup", "lint", "test-py", "test"):
+        assert planned(goal).count("[dev]") == 1
 
 
 def test_names_of_files_are_unique_in_the_core() -> None:

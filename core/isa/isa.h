@@ -1,9 +1,9 @@
 /* isa.h: what an instruction set gives the rest of the core: one const struct of kernels each.
  *
- * A NULL entry inherits the reference (the kvq_run_* functions below choose); the only ones are
- * those that no scheme uses. The best supported set serves a session; the environment variable
- * KVQ_ISA=ref|avx2 forces one when the session is opened, and naming one that this build or
- * processor lacks is an error.
+ * A NULL entry is that of the set `inherits` names, and in the end the reference (the kvq_run_*
+ * functions below choose); only products that no scheme uses come to the reference. The best
+ * supported set serves a session; the environment variable KVQ_ISA=ref|avx2|avx512 forces one when
+ * the session is opened, and naming one that this build or processor lacks is an error.
  */
 #ifndef KVQ_ISA_H
 #define KVQ_ISA_H
@@ -14,7 +14,8 @@
 
 typedef struct kvq_isa {
     const char *name;
-    bool (*supported)(void); /* by this processor, and by the system that runs it */
+    bool (*supported)(void);        /* by this processor, and by the system that runs it */
+    const struct kvq_isa *inherits; /* whose kernels of the KV cache serve where there are none */
     /* Fills q, scale and sums of tokens first .. first + n - 1 from x; NULL where products read x.
      */
     void (*quantize)(kvq_activations *a, size_t first, size_t n);
@@ -34,6 +35,7 @@ typedef struct kvq_isa {
 
 extern const kvq_isa kvq_isa_ref; /* only softmax and swiglu, whose definitions it is */
 extern const kvq_isa kvq_isa_avx2;
+extern const kvq_isa kvq_isa_avx512;
 
 /* The one that sessions use; KVQ_ERR_ARGUMENT if KVQ_ISA names none. */
 kvq_status kvq_isa_choose(const kvq_isa **out);
@@ -41,6 +43,7 @@ kvq_status kvq_isa_choose(const kvq_isa **out);
 static inline void kvq_run_score(const kvq_isa *isa, kvq_codec_id id, float *s,
                                  const kvq_query *query, const uint8_t *block,
                                  const kvq_kv_shape *sh) {
+    while (!isa->score[id] && isa->inherits) isa = isa->inherits;
     if (isa->score[id])
         isa->score[id](s, query, block, sh);
     else
@@ -49,6 +52,7 @@ static inline void kvq_run_score(const kvq_isa *isa, kvq_codec_id id, float *s,
 
 static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o, const float *p,
                                  int n, const uint8_t *block, const kvq_kv_shape *sh) {
+    while (!isa->accum[id] && isa->inherits) isa = isa->inherits;
     if (isa->accum[id])
         isa->accum[id](o, p, n, block, sh);
     else
@@ -57,16 +61,19 @@ static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o, 
 
 static inline void kvq_run_score_rows(const kvq_isa *isa, float *s, const kvq_query *query,
                                       const uint16_t *rows, int n_rows, int d) {
+    while (!isa->score_rows && isa->inherits) isa = isa->inherits;
     (isa->score_rows ? isa->score_rows : kvq_score_rows_reference)(s, query, rows, n_rows, d);
 }
 
 static inline void kvq_run_accum_rows(const kvq_isa *isa, float *o, const float *p, int n,
                                       const uint16_t *rows, int n_rows, int d) {
+    while (!isa->accum_rows && isa->inherits) isa = isa->inherits;
     (isa->accum_rows ? isa->accum_rows : kvq_accum_rows_reference)(o, p, n, rows, n_rows, d);
 }
 
 static inline void kvq_run_add_waves(const kvq_isa *isa, float *s, const float *factor, int n,
                                      const float *const *wave, int n_waves) {
+    while (!isa->add_waves && isa->inherits) isa = isa->inherits;
     (isa->add_waves ? isa->add_waves : kvq_add_waves_reference)(s, factor, n, wave, n_waves);
 }
 

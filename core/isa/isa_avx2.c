@@ -14,6 +14,7 @@
 
 #include "isa/vec_avx2.h"
 
+#include "isa/elementwise_kernels.inl"
 #include "isa/kv_kernels.inl"
 #include "isa/kv_kernels_calibrated.inl"
 #include "isa/kv_kernels_levels.inl"

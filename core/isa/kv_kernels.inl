@@ -237,62 +237,84 @@ U_CODEC(u1, 1)
 U_CODEC(u2, 2)
 U_CODEC(u4, 4)
 
-/* ---- c8: 1.5-bit values ------------------------------------------------------------------ */
+/* ---- values in integers: c8, t1, t2 ------------------------------------------------------- */
 
-/* weight[i] = p[i] times the scale of each token, in units of `unit`. */
-KV_INLINE void weigh_tokens(const int nq, float *weight, const float *p, const uint8_t *scales,
-                            float unit) {
+/* What the tokens of a block weigh for one query: p[t] times the scale of token t, as an integer
+ * below 4096 in units of `unit`, in two planes of six bits (vw in vec_*.h). The rounding, 1.2e-4 of
+ * the largest weight at most, is far below the error of the values themselves. A weight of 0 stays
+ * 0; blocks that weigh less than the least normal numbers count as 0. */
+typedef struct token_weights {
+    uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
+    float unit;
+} token_weights;
+
+KV_INLINE void weigh_tokens(const int nq, token_weights *weights, const float *p,
+                            const uint8_t *scales, float scale_unit) {
+    static const float most = 4095.0f, negligible = 1e-30f;
+    float scaled[KV_QUERIES * KVQ_BLOCK];
+    vf largest[KV_QUERIES];
+    KV_EACH(i, nq) largest[i] = vf_zero();
     for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-        const vf scale = vf_mul(vf_load_u8(scales + t), vf_set(unit));
+        const vf scale = vf_load_u8(scales + t);
         KV_EACH(i, nq) {
-            vf_store(weight + i * KVQ_BLOCK + t, vf_mul(vf_load(p + i * KVQ_BLOCK + t), scale));
+            const vf weight = vf_mul(vf_load(p + i * KVQ_BLOCK + t), scale);
+            largest[i] = vf_max(largest[i], weight);
+            vf_store(scaled + i * KVQ_BLOCK + t, weight);
+        }
+    }
+    KV_EACH(i, nq) {
+        const float top = vf_largest(largest[i]);
+        const vf factor = vf_set(top > negligible ? most / top : 0.0f);
+        weights[i].unit = top * (1.0f / most) * scale_unit;
+        for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+            const vi weight = vi_from_vf(vf_mul(vf_load(scaled + i * KVQ_BLOCK + t), factor));
+            vi_store_u8(weights[i].high + t, vi_shr(weight, 6));
+            vi_store_u8(weights[i].low + t, vi_and(weight, vi_set(63)));
         }
     }
 }
 
-/* One step: the points of 8 pairs at one token, weighted into the sums of every query. A look-up
- * uses the low 3 bits of each lane only, so the bits above need no mask. */
-KV_INLINE void c8_add(const int nq, vf *x, vf *y, vi code, const float *weight) {
-    const vf px = vf_lookup8(vf_load(kvq_c8_x), code), py = vf_lookup8(vf_load(kvq_c8_y), code);
+/* The points of the pairs at tokens t .. t + 7 and t + 8 .. t + 15, weighed into the sums of every
+ * query. */
+KV_INLINE void c8_add(const int nq, vw *x, vw *y, vb code0, vb code1, const token_weights *weights,
+                      int t) {
+    const vb x_of = vb_set8(kvq_c8_x), y_of = vb_set8(kvq_c8_y);
+    const vb x0 = vb_lookup16(x_of, code0), x1 = vb_lookup16(x_of, code1);
+    const vb y0 = vb_lookup16(y_of, code0), y1 = vb_lookup16(y_of, code1);
     KV_EACH(i, nq) {
-        const vf w = vf_set(weight[i * KVQ_BLOCK]);
-        x[i] = vf_fma(w, px, x[i]);
-        y[i] = vf_fma(w, py, y[i]);
+        const uint8_t *const high = weights[i].high + t, *const low = weights[i].low + t;
+        const vb high0 = vb_set8(high), high1 = vb_set8(high + 8);
+        const vb low0 = vb_set8(low), low1 = vb_set8(low + 8);
+        x[i] = vw_add(x[i], high0, low0, x0, high1, low1, x1);
+        y[i] = vw_add(y[i], high0, low0, y0, high1, low1, y1);
     }
 }
 
 KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint8_t *block,
                               const kvq_kv_shape *sh) {
     const int d = sh->d;
-    const uint8_t *words = block + kvq_c8_words(sh);
-    const vi one = vi_set(1);
-    float weight[KV_QUERIES * KVQ_BLOCK];
-    for (int c = 0; c < d; c += 16) {
-        if (c % sh->group == 0) {
-            weigh_tokens(nq, weight, p, block + KVQ_C8_SCALES + c / sh->group * KVQ_BLOCK,
-                         kvq_load_f16(block));
-        }
-        vf x[KV_QUERIES], y[KV_QUERIES];
-        KV_EACH(i, nq) {
-            x[i] = vf_load(o + i * d + c);
-            y[i] = vf_load(o + i * d + c + 8);
-        }
-        for (int half = 0; half < 2; half++, words += 96) {
-            const float *const w = weight + half * 32;
-            vi word[3];
-            for (int k = 0; k < 3; k++) {
-                word[k] = vi_load(words + 32 * k);
-                for (int t = 0; t < 10; t++) {
-                    c8_add(nq, x, y, word[k], w + k * 10 + t);
-                    word[k] = vi_shr(word[k], 3);
-                }
-            } /* two bits are left in each word */
-            c8_add(nq, x, y, vi_or(word[0], vi_shl(vi_and(word[1], one), 2)), w + 30);
-            c8_add(nq, x, y, vi_or(vi_shr(word[1], 1), vi_shl(word[2], 1)), w + 31);
-        }
-        KV_EACH(i, nq) {
-            vf_store(o + i * d + c, x[i]);
-            vf_store(o + i * d + c + 8, y[i]);
+    const float unit = kvq_load_f16(block) * KVQ_LEVEL_UNIT;
+    const uint8_t *scales = block + KVQ_C8_SCALES;
+    const vb two_bits = vb_set(3);
+    for (int first = 0; first < d; first += sh->group, scales += KVQ_BLOCK) {
+        token_weights weights[KV_QUERIES];
+        weigh_tokens(nq, weights, p, scales, unit);
+        for (int c = first; c < first + sh->group; c += VF_LANES) { /* half as many pairs */
+            const uint8_t *const words = block + kvq_c8_words(sh) + c / 16 * 192 + c % 16 * 4;
+            vw x[KV_QUERIES], y[KV_QUERIES];
+            vb word[3];
+            KV_EACH(i, nq) x[i] = y[i] = vw_zero();
+            _Pragma("GCC unroll 3") for (int w = 0; w < 3; w++) {
+                word[w] = vb_load(words + 64 * w);
+                c8_add(nq, x, y, word[w], vi_shr(word[w], 3), weights, 16 * w);
+            }
+            c8_add(nq, x, y, vb_select(two_bits, vi_shr(word[0], 6), vi_shr(word[2], 4)),
+                   vb_select(two_bits, vi_shr(word[1], 6), vi_shr(word[2], 5)), weights, 48);
+            KV_EACH(i, nq) {
+                const vf sum = vf_from_vi(vi_add_pairs(vw_total(x[i]), vw_total(y[i])));
+                float *const to = o + i * d + c;
+                vf_store(to, vf_fma(sum, vf_set(weights[i].unit), vf_load(to)));
+            }
         }
     }
 }
@@ -302,34 +324,4 @@ static void accum_c8(float *o, const float *p, int n, const uint8_t *block,
 #define GROUP(NQ, FIRST) accum_c8_group(NQ, o + (FIRST) * sh->d, p + (FIRST) * KVQ_BLOCK, block, sh)
     KV_IN_GROUPS(n, GROUP);
 #undef GROUP
-}
-
-/* ---- softmax ----------------------------------------------------------------------------- */
-
-static float softmax(float *s, float *largest) {
-    vf most = vf_set(*largest), sum = vf_zero();
-    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) most = vf_max(most, vf_load(s + t));
-    *largest = vf_largest(most);
-    /* With every score -inf the offset must be finite, or -inf - -inf would make NaN. */
-    const vf offset = vf_set(*largest == -INFINITY ? 0.0f : -*largest);
-    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-        const vf e = vf_exp(vf_add(vf_load(s + t), offset));
-        vf_store(s + t, e);
-        sum = vf_add(sum, e);
-    }
-    return vf_sum(sum);
-}
-
-/* ---- feed-forward gate ------------------------------------------------------------------- */
-
-/* With e = exp(-|x|), which cannot overflow: silu(x) = x * (x < 0 ? e : 1) / (1 + e). */
-static void swiglu(float *gate, const float *up, size_t n) {
-    size_t i = 0;
-    for (; i + VF_LANES <= n; i += VF_LANES) {
-        const vf x = vf_load(gate + i), e = vf_exp(vf_neg_abs(x));
-        const vf numerator = vf_mul(x, vf_where_negative(x, e, vf_set(1.0f)));
-        const vf silu = vf_div(numerator, vf_add(vf_set(1.0f), e));
-        vf_store(gate + i, vf_mul(silu, vf_load(up + i)));
-    }
-    for (; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }

@@ -163,32 +163,44 @@ static void add_waves(float *s, const float *factor, int n, const float *const *
 
 /* ---- t1, t2: trellis-coded values -------------------------------------------------------- */
 
-/* Eight channels side by side, token after token: the window of four bits of each stream chooses
- * the level. A look-up ignores the bits above, so a shift is all that decoding takes. */
-KV_INLINE void accum_trellis_group(const int nq, const int bits, const float *level, float *o,
+/* A channel to a lane: the windows of four tokens in a row stand in its four bytes, at each shift
+ * of a word. A look-up ignores the bits above a window. */
+KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *level, float *o,
                                    const float *p, const uint8_t *block, int d) {
-    const vf low = vf_load(level), high = vf_load(level + 8);
-    const uint8_t *words = block + KVQ_T_HEADER;
-    const int codes = 32 / bits; /* of a word */
-    float weight[KV_QUERIES * KVQ_BLOCK];
-    weigh_tokens(nq, weight, p, block + 4, kvq_load_f16(block));
+    const int n_words = 2 * bits, fields = 8 / bits; /* fields: of a byte */
+    const vb levels = vb_set16(level);
+    token_weights weights[KV_QUERIES];
+    weigh_tokens(nq, weights, p, block + 4, kvq_load_f16(block) * KVQ_LEVEL_UNIT);
     for (int c = 0; c < d; c += VF_LANES) {
-        vf sum[KV_QUERIES];
-        KV_EACH(i, nq) sum[i] = vf_load(o + i * d + c);
+        const uint8_t *words = block + KVQ_T_HEADER + (c / 16 * n_words * 16 + c % 16) * 4;
+        vw sum[KV_QUERIES];
+        KV_EACH(i, nq) sum[i] = vw_zero();
         vi before = vi_zero();
-        for (int t = 0; t < KVQ_BLOCK; words += VB_LANES) {
+        for (int t = 0; t < KVQ_BLOCK; words += 64) {
             const vi word = vi_load(words);
-            /* window of token i of the word: its bits and those before, the last one highest */
+            /* the windows that begin in the byte before theirs */
             const vi entry = vi_or(vi_shl(word, 4 - bits), vi_shr(before, 28 + bits));
-            _Pragma("GCC unroll 32") for (int i = 0; i < codes; i++, t++) {
-                const vi window = i * bits < 4 - bits ? vi_shr(entry, i * bits)
-                                                      : vi_shr(word, i * bits - (4 - bits));
-                const vf y = vf_lookup16(low, high, window);
-                KV_EACH(k, nq) { sum[k] = vf_fma(vf_set(weight[k * KVQ_BLOCK + t]), y, sum[k]); }
+            vb y[8];
+            _Pragma("GCC unroll 8") for (int k = 0; k < fields; k++) {
+                const vi window = k * bits < 4 - bits ? vi_shr(entry, k * bits)
+                                                      : vi_shr(word, k * bits - (4 - bits));
+                y[k] = vb_lookup16(levels, window);
+            }
+            _Pragma("GCC unroll 4") for (int k = 0; k < fields; k += 2, t += 8) {
+                KV_EACH(i, nq) {
+                    const uint8_t *const high = weights[i].high + t, *const low =
+                                                                         weights[i].low + t;
+                    sum[i] = vw_add(sum[i], vi_set_lanes(high), vi_set_lanes(low), y[k],
+                                    vi_set_lanes(high + 4), vi_set_lanes(low + 4), y[k + 1]);
+                }
             }
             before = word;
         }
-        KV_EACH(i, nq) vf_store(o + i * d + c, sum[i]);
+        KV_EACH(i, nq) {
+            const vf total = vf_from_vi(vw_total(sum[i]));
+            float *const to = o + i * d + c;
+            vf_store(to, vf_fma(total, vf_set(weights[i].unit), vf_load(to)));
+        }
     }
 }
 

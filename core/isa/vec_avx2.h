@@ -134,6 +134,9 @@ static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 
 /* ---- words of the weight kernels --------------------------------------------------------- */
 
+#define PANEL_VECTORS 1 /* of rows that share a load of activations */
+#define TILE_TOKENS 8   /* that share a load of codes */
+
 /* Asks for the cache line at p, which may be any address. A macro, because gcc deems a function
  * that only prefetches pure and drops the calls. */
 #define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
@@ -150,12 +153,6 @@ static inline vf vf_from_f16_low(vi a) { /* the f16 in the low half of each lane
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 0x08)));
 }
 
-/* The value itself, computed now: gcc regroups an unrolled sum of integers into a tree, whose many
- * leaves do not fit the registers. */
-static inline vi vi_keep(vi a) {
-    __asm__("" : "+x"(a));
-    return a;
-}
 static inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
 #define vi_byte(a, n) /* signed byte n of each lane; n: a constant */                              \
     _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * (n)), 24)
@@ -164,7 +161,13 @@ static inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
 static inline vi vi_set16(int16_t x) { return _mm256_set1_epi16(x); }
 static inline vi vi_sub16(vi a, vi b) { return _mm256_sub_epi16(a, b); }
 static inline vi vi_mul16(vi a, vi b) { return _mm256_mullo_epi16(a, b); }
-static inline vi vi_madd16(vi a, vi b) { return _mm256_madd_epi16(a, b); } /* i32: a0 b0 + a1 b1 */
+/* sum + a0 b0 + a1 b1 in i32, computed now: gcc regroups an unrolled sum of integers into a tree,
+ * whose many leaves do not fit the registers. */
+static inline vi vi_dot16(vi sum, vi a, vi b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
 #define vi_shr16(a, n) _mm256_srli_epi16(a, n)
 static inline vi vi_low16(vi a) { /* the low one, twice */
     return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, 0xa0), 0xa0);
@@ -251,5 +254,44 @@ static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
     return (float)_mm_cvtsi128_si32(s);
 }
+
+/* ---- words of integer products ----------------------------------------------------------- */
+
+static inline void vi_store_u8(uint8_t *p, vi a) { /* the low byte of each lane; lanes in 0..127 */
+    vi_store_i8((int8_t *)p, a);
+}
+
+/* 8 or 16 bytes, repeated. */
+static inline vb vb_set8(const void *p) {
+    int64_t x;
+    memcpy(&x, p, 8);
+    return _mm256_set1_epi64x(x);
+}
+static inline vb vb_set16(const void *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* table[index & 15] in each byte, the table repeated every 16 bytes */
+static inline vb vb_lookup16(vb table, vb index) {
+    return _mm256_shuffle_epi8(table, vb_and(index, vb_set(15)));
+}
+static inline vb vb_select(vb mask, vb a, vb b) { /* bits of a where the mask has them, else of b */
+    return vi_or(vb_and(mask, a), _mm256_andnot_si256(mask, b));
+}
+
+/* Of each four lanes: a0 + a1, a2 + a3, b0 + b1, b2 + b3. */
+static inline vi vi_add_pairs(vi a, vi b) { return _mm256_hadd_epi32(a, b); }
+
+/* vw: sums of weighed bytes, in each lane those of its four bytes. A weight of 12 bits comes as its
+ * high and low six; then two products fit 16 bits and a second two may be added to them. */
+typedef vi vw;
+static inline vw vw_zero(void) { return vi_zero(); }
+static inline vw vw_add(vw sum, vb high0, vb low0, vb s0, vb high1, vb low1, vb s1) {
+    const vi high = vi_add16(vi_madd_u8s8(high0, s0), vi_madd_u8s8(high1, s1));
+    const vi low = vi_add16(vi_madd_u8s8(low0, s0), vi_madd_u8s8(low1, s1));
+    sum = vi_add(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(64)));
+    return vi_add(sum, vi_widen16(low));
+}
+static inline vi vw_total(vw sum) { return sum; }
 
 #endif

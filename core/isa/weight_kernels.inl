@@ -2,15 +2,16 @@
  * isa_*.c with the target switched on, for its table: `quantize`, and a matmul_NAME for each row of
  * weights.def.
  *
- * Quantized weights. VF_LANES rows make a panel, a row to a lane. Codes are unpacked to i16: code
- * vector i of a block of 32 columns holds, in lane r, two columns of row r. Multiplied by the same
- * two columns of a token in all lanes, sixteen such vectors give the integer dot products of the
- * block for all the rows at once, with no sum across lanes, and
+ * Quantized weights. VF_LANES rows are taken together, a row to a lane. Codes are unpacked to i16:
+ * code vector i of a block of 32 columns holds, in lane r, two columns of row r. Multiplied by the
+ * same two columns of a token in all lanes, sixteen such vectors give the integer dot products of
+ * the block for all the rows at once, with no sum across lanes, and
  *     sum[r] += scale_of_x * (scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
- * A tile is up to TILE_BLOCKS blocks of a panel. For a token alone the codes are multiplied as they
- * are unpacked, in registers; for more they are kept on the stack, so that all share the unpacking.
- * Each sum is one chain over the blocks from first to last, however many tokens and rows come
- * together: their number changes no bit of a result.
+ * A tile is up to TILE_BLOCKS blocks of these rows. For a token alone the codes are multiplied as
+ * they are unpacked, in registers; for more they are kept on the stack, so that all share the
+ * unpacking, and PANEL_VECTORS tiles, a panel, share each load of activations. Each sum is one
+ * chain over the blocks from first to last, however many tokens and rows come together: their
+ * number changes no bit of a result.
  *
  * As |q| < 2^14, integers of a block stay inside i32:
  *     4 and 5 bits:  31 * 2^14 * 32 < 2^24, exact in f32 too
@@ -22,19 +23,18 @@
 #define WEIGHT_INLINE static inline __attribute__((always_inline))
 
 #define TILE_BLOCKS 8   /* a super-block of 256 columns */
-#define TILE_TOKENS 8   /* that share each load of codes */
 #define CHUNK_TOKENS 64 /* whose q should stay in L2 while the rows pass by */
 
 typedef struct weight_tile {
     vf scale[TILE_BLOCKS];     /* of each row */
-    vf minimum[TILE_BLOCKS];   /* not for Q8_0, Q6_K */
+    vf minimum[TILE_BLOCKS];   /* of formats that have one */
     vi codes[TILE_BLOCKS][16]; /* [block][two columns] */
-    vi dot[TILE_BLOCKS];       /* instead of codes, for a token alone */
+    vi dot[TILE_BLOCKS][2];    /* instead of codes, for a token alone; two terms: short chains */
 } weight_tile;
 
 /* ---- unpacking --------------------------------------------------------------------------- */
 
-/* Unpacks `n` blocks from `p`, which points at the panel's first row. q is NULL or not in each
+/* Unpacks `n` blocks from `p`, which points at the first row. q is NULL or not in each
  * instance: NULL keeps the codes; else, the activations of a token alone, they become tile->dot. */
 typedef void unpack_fn(weight_tile *tile, const uint8_t *p, size_t stride, int n, const int16_t *q);
 
@@ -43,8 +43,8 @@ WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, const int16_t 
         tile->codes[b][i] = codes;
         return;
     }
-    const vi products = vi_madd16(codes, vi_set_lanes(q + b * 32 + i * 2));
-    tile->dot[b] = i == 0 ? products : vi_keep(vi_add(tile->dot[b], products));
+    const vi before = i < 2 ? vi_zero() : tile->dot[b][i % 2];
+    tile->dot[b][i % 2] = vi_dot16(before, codes, vi_set_lanes(q + b * 32 + i * 2));
 }
 
 /* Four columns of a block, 4 quad to 4 quad + 3, a byte each. The even ones come first, here and in
@@ -227,15 +227,12 @@ WEIGHT_INLINE void put_scaled(weight_tile *tile, int b, int half, const vb quads
         const vb quad = quads[i / 2];
         const vi codes = vi_sub16(i % 2 ? vi_high_bytes(quad) : vi_low_bytes(quad), zero);
         if (q) {
-            const vi pair = vi_set_lanes(q + b * 32 + half * 16 + i * 2);
-            dot = vi_keep(vi_add(dot, vi_madd16(codes, pair)));
+            dot = vi_dot16(dot, codes, vi_set_lanes(q + b * 32 + half * 16 + i * 2));
         } else {
             tile->codes[b][half * 8 + i] = vi_mul16(codes, scales);
         }
     }
-    if (!q) return;
-    const vi scaled = vi_mul(dot, scale);
-    tile->dot[b] = half == 0 ? scaled : vi_add(tile->dot[b], scaled);
+    if (q) tile->dot[b][half] = vi_mul(dot, scale);
 }
 
 /* Two bits of each byte, those of run 0 lowest, moved to 16 and 32. */
@@ -299,42 +296,58 @@ WEIGHT_INLINE vf add_block(vf total, const weight_tile *tile, int b, vi dot, con
     return vf_fma(value, vf_set(x->scale[at]), total);
 }
 
-/* Adds the n blocks of a tile to sum[n_tok]; n_tok and affine are constants in each instance. */
-WEIGHT_INLINE void multiply_tile(vf *sum, const weight_tile *tile, int n, const token_cursor *x,
-                                 const int n_tok, const bool affine) {
-    vf total[TILE_TOKENS];
+typedef vf panel_sum[PANEL_VECTORS]; /* of one token, lanes are rows */
+
+/* Adds the n blocks of a panel's tiles to sum[n_tok]; n_tok and affine are constants
+ * in each instance. */
+WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int n,
+                                  const token_cursor *x, const int n_tok, const bool affine) {
+    vf total[TILE_TOKENS][PANEL_VECTORS];
 #pragma GCC unroll 8
-    for (int t = 0; t < n_tok; t++) total[t] = sum[t];
+    for (int t = 0; t < n_tok; t++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < PANEL_VECTORS; v++) total[t][v] = sum[t][v];
+    }
     for (int b = 0; b < n; b++) {
-        vi dot[TILE_TOKENS];
+        vi dot[TILE_TOKENS][PANEL_VECTORS];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-            const vi codes = tile->codes[b][i];
+            vi codes[PANEL_VECTORS];
+#pragma GCC unroll 8
+            for (int v = 0; v < PANEL_VECTORS; v++) codes[v] = tiles[v].codes[b][i];
 #pragma GCC unroll 8
             for (int t = 0; t < n_tok; t++) {
-                const int16_t *const q = x->q + (size_t)t * x->n_cols + b * 32 + i * 2;
-                const vi products = vi_madd16(codes, vi_set_lanes(q));
-                dot[t] = i == 0 ? products : vi_keep(vi_add(dot[t], products));
+                const vi q = vi_set_lanes(x->q + (size_t)t * x->n_cols + b * 32 + i * 2);
+#pragma GCC unroll 8
+                for (int v = 0; v < PANEL_VECTORS; v++) {
+                    dot[t][v] = vi_dot16(i == 0 ? vi_zero() : dot[t][v], codes[v], q);
+                }
             }
         }
 #pragma GCC unroll 8
         for (int t = 0; t < n_tok; t++) {
-            total[t] = add_block(total[t], tile, b, dot[t], x, t, affine);
+#pragma GCC unroll 8
+            for (int v = 0; v < PANEL_VECTORS; v++) {
+                total[t][v] = add_block(total[t][v], &tiles[v], b, dot[t][v], x, t, affine);
+            }
         }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < n_tok; t++) sum[t] = total[t];
+    for (int t = 0; t < n_tok; t++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < PANEL_VECTORS; v++) sum[t][v] = total[t][v];
+    }
 }
 
 /* The same for the first of n_tok tokens, as many as have an instance; returns their number. */
-static int multiply_tile_some(vf *sum, const weight_tile *tile, int n, const token_cursor *x,
-                              int n_tok, bool affine) {
+static int multiply_tiles_some(panel_sum *sum, const weight_tile *tiles, int n,
+                               const token_cursor *x, int n_tok, bool affine) {
 #define INSTANCE(N_TOK)                                                                            \
     if (n_tok >= (N_TOK)) {                                                                        \
         if (affine)                                                                                \
-            multiply_tile(sum, tile, n, x, N_TOK, true);                                           \
+            multiply_tiles(sum, tiles, n, x, N_TOK, true);                                         \
         else                                                                                       \
-            multiply_tile(sum, tile, n, x, N_TOK, false);                                          \
+            multiply_tiles(sum, tiles, n, x, N_TOK, false);                                        \
         return N_TOK;                                                                              \
     }
     INSTANCE(TILE_TOKENS)
@@ -345,12 +358,13 @@ static int multiply_tile_some(vf *sum, const weight_tile *tile, int n, const tok
     return 0;
 }
 
-/* A panel for a chunk of tokens: sum[n_tok], lanes are rows. `ahead` is the next panel or NULL. */
-typedef void panel_fn(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,
-                      token_cursor x, int n_tok);
+/* A panel for a chunk of tokens: sum[n_tok]; w[v] is the first row of a vector. `ahead` are the
+ * rows that come next, or NULL. */
+typedef void panel_fn(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS], size_t stride,
+                      const uint8_t *ahead, token_cursor x, int n_tok);
 
-/* Fetches the next panel in the order of memory while one is multiplied: eight short streams, a row
- * each, are more than the hardware's prefetchers follow. */
+/* Fetches the next rows in the order of memory while others are multiplied: streams of a row each
+ * are more than the hardware's prefetchers follow. */
 WEIGHT_INLINE const uint8_t *fetch(const uint8_t *ahead, size_t bytes) {
     if (!ahead) return NULL;
     for (size_t i = 0; i < bytes; i += 64) prefetch_line(ahead + i);
@@ -358,24 +372,27 @@ WEIGHT_INLINE const uint8_t *fetch(const uint8_t *ahead, size_t bytes) {
 }
 
 /* bytes_tile: of TILE_BLOCKS blocks of a row. */
-WEIGHT_INLINE void multiply_panel(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,
-                                  token_cursor x, int n_tok, size_t bytes_tile, unpack_fn *unpack,
-                                  const bool affine) {
+WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS],
+                                  size_t stride, const uint8_t *ahead, token_cursor x, int n_tok,
+                                  size_t bytes_tile, unpack_fn *unpack, const bool affine) {
     const size_t n_blocks = x.n_cols / 32;
-    weight_tile tile;
-    for (int t = 0; t < n_tok; t++) sum[t] = vf_zero();
-    for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, w += bytes_tile) {
+    weight_tile tiles[PANEL_VECTORS];
+    size_t at = 0; /* bytes from the start of a row */
+    for (int t = 0; t < n_tok; t++) {
+        for (int v = 0; v < PANEL_VECTORS; v++) sum[t][v] = vf_zero();
+    }
+    for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, at += bytes_tile) {
         const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
-        ahead = fetch(ahead, bytes_tile * VF_LANES);
-        unpack(&tile, w, stride, n, NULL);
+        ahead = fetch(ahead, bytes_tile * VF_LANES * PANEL_VECTORS);
+        for (int v = 0; v < PANEL_VECTORS; v++) unpack(&tiles[v], w[v] + at, stride, n, NULL);
         for (int t = 0; t < n_tok;) {
-            const token_cursor at = cursor_at(&x, (size_t)t, b);
-            t += multiply_tile_some(sum + t, &tile, n, &at, n_tok - t, affine);
+            const token_cursor first = cursor_at(&x, (size_t)t, b);
+            t += multiply_tiles_some(sum + t, tiles, n, &first, n_tok - t, affine);
         }
     }
 }
 
-/* The same for one token. */
+/* The rows of one vector for one token. */
 WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride,
                                         const uint8_t *ahead, token_cursor x, size_t bytes_tile,
                                         unpack_fn *unpack, const bool affine) {
@@ -387,7 +404,10 @@ WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride
         const token_cursor at = cursor_at(&x, 0, b);
         ahead = fetch(ahead, bytes_tile * VF_LANES);
         unpack(&tile, w, stride, n, at.q);
-        for (int i = 0; i < n; i++) total = add_block(total, &tile, i, tile.dot[i], &at, 0, affine);
+        for (int i = 0; i < n; i++) {
+            const vi dot = vi_add(tile.dot[i][0], tile.dot[i][1]);
+            total = add_block(total, &tile, i, dot, &at, 0, affine);
+        }
     }
     *sum = total;
 }
@@ -395,42 +415,54 @@ WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride
 static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
                      const kvq_activations *x, size_t stride, panel_fn *alone, panel_fn *together) {
     const token_cursor first_token = {x->q, x->scale, x->sums, x->n_cols};
-    vf sum[CHUNK_TOKENS];
+    /* Nothing may be read past the last row: of fewer than VF_LANES rows, one fills all lanes. */
+    const bool few = n_rows < VF_LANES;
+    const size_t lanes = few ? 1 : VF_LANES;
+    panel_sum sum[CHUNK_TOKENS];
 
     for (size_t first = 0; first < x->n_tok; first += CHUNK_TOKENS) {
         const size_t left = x->n_tok - first;
         const int n_tok = left < CHUNK_TOKENS ? (int)left : CHUNK_TOKENS;
+        const int n_vectors = n_tok == 1 ? 1 : PANEL_VECTORS;
         panel_fn *const panel = n_tok == 1 ? alone : together;
         float *const out = y + first * y_stride;
-        const token_cursor at = cursor_at(&first_token, first, 0);
-        if (n_rows < VF_LANES) { /* one row in all lanes: a panel must not read past the last row */
-            for (size_t r = 0; r < n_rows; r++) {
-                panel(sum, w + r * stride, 0, NULL, at, n_tok);
-                for (int t = 0; t < n_tok; t++) out[(size_t)t * y_stride + r] = vf_first(sum[t]);
+        for (size_t r = 0; r < n_rows; r += (size_t)n_vectors * lanes) {
+            const size_t next = r + (size_t)n_vectors * lanes;
+            const bool more = !few && next + (size_t)n_vectors * lanes <= n_rows;
+            const uint8_t *rows[PANEL_VECTORS];
+            size_t row[PANEL_VECTORS];
+            for (int v = 0; v < n_vectors; v++) {
+                /* The last vector may overlap the one before; it gives the same values again. */
+                row[v] = r + (size_t)v * lanes;
+                if (row[v] + lanes > n_rows) row[v] = n_rows - lanes;
+                rows[v] = w + row[v] * stride;
             }
-            continue;
-        }
-        for (size_t r = 0; r < n_rows; r += VF_LANES) {
-            /* The last panel may overlap the one before; it gives the same values again. */
-            const size_t row = r + VF_LANES <= n_rows ? r : n_rows - VF_LANES;
-            const uint8_t *const ahead =
-                row + 2 * VF_LANES <= n_rows ? w + (row + VF_LANES) * stride : NULL;
-            panel(sum, w + row * stride, stride, ahead, at, n_tok);
-            for (int t = 0; t < n_tok; t++) vf_store(out + (size_t)t * y_stride + row, sum[t]);
+            panel(sum, rows, few ? 0 : stride, more ? w + next * stride : NULL,
+                  cursor_at(&first_token, first, 0), n_tok);
+            for (int t = 0; t < n_tok; t++) {
+                for (int v = 0; v < n_vectors; v++) {
+                    float *const at = out + (size_t)t * y_stride + row[v];
+                    if (few)
+                        *at = vf_first(sum[t][v]);
+                    else
+                        vf_store(at, sum[t][v]);
+                }
+            }
         }
     }
 }
 
 /* Two functions for the panel: in one, gcc would hoist what the two unpackings have in common. */
 #define QUANTIZED_PRODUCT(NAME, BYTES_TILE, AFFINE)                                                \
-    static void together_##NAME(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,    \
-                                token_cursor x, int n_tok) {                                       \
+    static void together_##NAME(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS],             \
+                                size_t stride, const uint8_t *ahead, token_cursor x, int n_tok) {  \
         multiply_panel(sum, w, stride, ahead, x, n_tok, BYTES_TILE, unpack_##NAME, AFFINE);        \
     }                                                                                              \
-    static void alone_##NAME(vf *sum, const uint8_t *w, size_t stride, const uint8_t *ahead,       \
-                             token_cursor x, int n_tok) {                                          \
+    static void alone_##NAME(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS], size_t stride, \
+                             const uint8_t *ahead, token_cursor x, int n_tok) {                    \
         (void)n_tok;                                                                               \
-        multiply_panel_alone(sum, w, stride, ahead, x, BYTES_TILE, unpack_##NAME, AFFINE);         \
+        multiply_panel_alone(&sum[0][0], w[0], stride, ahead, x, BYTES_TILE, unpack_##NAME,        \
+                             AFFINE);                                                              \
     }                                                                                              \
     static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
                               const kvq_activations *x) {                                          \

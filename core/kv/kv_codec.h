@@ -26,7 +26,8 @@ typedef struct kvq_query {
 typedef void kvq_score_fn(float *s, const kvq_query *query, const uint8_t *block,
                           const kvq_kv_shape *sh);
 
-/* o[i * d + c] += sum over t of p[i * KVQ_BLOCK + t] * value[t][c], for n rows of weights p. */
+/* o[i * d + c] += sum over t of p[i * KVQ_BLOCK + t] * value[t][c], for n rows of weights p >= 0.
+ */
 typedef void kvq_accum_fn(float *o, const float *p, int n, const uint8_t *block,
                           const kvq_kv_shape *sh);
 

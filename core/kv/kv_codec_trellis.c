@@ -8,12 +8,10 @@
  */
 #include "kv/kv_codec_parts.h"
 
-const float kvq_t1_level[16] = {
-    0.513608f,  -1.562080f, 1.155868f,  -0.338128f, -1.008555f, 0.373512f,  -0.458186f, 1.019552f,
-    -0.984271f, 0.324169f,  -0.364159f, 1.526158f,  0.446065f,  -1.044424f, 0.955656f,  -0.424126f};
-const float kvq_t2_level[16] = {
-    2.133592f,  0.160617f,  1.024279f,  -0.903144f, 0.770848f,  -0.804437f, 0.304170f,  -0.203827f,
-    -0.214096f, -2.134647f, -1.400729f, 1.507337f,  -1.301414f, 1.096601f,  -0.413571f, 0.426810f};
+const int8_t kvq_t1_level[16] = {30,  -92, 68,  -20, -60, 22,  -27, 60,
+                                 -58, 19,  -21, 90,  26,  -62, 56,  -25};
+const int8_t kvq_t2_level[16] = {126, 9,    60,  -53, 45,  -47, 18,  -12,
+                                 -13, -126, -83, 89,  -77, 65,  -24, 25};
 
 enum { LANES = 32, LEVELS = 16, MOST_STATES = 8 };
 
@@ -44,8 +42,8 @@ static void try_window(float *least, float *which, const float *before, const fl
     }
 }
 
-/* The path of least error (Viterbi's algorithm) for n channels side by side: z[t] in units of the
- * scale of token t, so that errors count relative to the size of their token: small values are
+/* The path of least error (Viterbi's algorithm) for n channels side by side: z in units of the
+ * scale of its token, so that errors count relative to the size of their token: small values are
  * often those that attention looks at most. (Counting them by size tripled the divergence.) */
 static void find_path(uint8_t code[KVQ_BLOCK][LANES], float z[KVQ_BLOCK][LANES],
                       const float level[LEVELS], int bits, int n) {
@@ -86,19 +84,34 @@ static int next_window(int window, int code, int bits) {
     return window >> bits | code << (4 - bits);
 }
 
-/* Which byte of the words holds the code of token t, channel c; its place in it is t * bits % 8. */
-static int byte_of(int t, int c, int bits) {
-    const int at = t * bits;
-    return ((c / 8 * 2 * bits + at / 32) * 8 + c % 8) * 4 + at % 32 / 8;
+/* Where the code at position p of a channel's stream lies in its words, and whose it is
+ * (kv_format.h): word, byte and bits of the position, in the order of the stream. */
+typedef struct place {
+    int token, word, byte, shift;
+} place;
+
+static place place_of(int p, int bits) {
+    const int fields = 8 / bits, codes = 4 * fields; /* of a byte, of a word */
+    const int word = p / codes, byte = p % codes / fields, field = p % fields;
+    return (place){word * codes + 4 * field + byte, word, byte, field * bits};
 }
 
-static void encode(uint8_t *block, const uint16_t *rows, int d, const float level[LEVELS],
+static size_t byte_at(place at, int c, int bits) {
+    return ((size_t)(c / 16 * 2 * bits + at.word) * 16 + (size_t)(c % 16)) * 4 + (size_t)at.byte;
+}
+
+static void make_levels(float out[LEVELS], const int8_t level[LEVELS]) {
+    for (int i = 0; i < LEVELS; i++) out[i] = KVQ_LEVEL_UNIT * (float)level[i];
+}
+
+static void encode(uint8_t *block, const uint16_t *rows, int d, const int8_t levels[LEVELS],
                    int bits) {
     const int lanes = d % LANES ? KVQ_D_UNIT : LANES; /* channels side by side */
-    float scale[KVQ_BLOCK], inverse[KVQ_BLOCK];
+    float scale[KVQ_BLOCK], inverse[KVQ_BLOCK], level[LEVELS];
     float xy[KVQ_BLOCK] = {0}, yy[KVQ_BLOCK] = {0};
     uint8_t *const words = block + KVQ_T_HEADER;
     memset(block, 0, KVQ_T_HEADER + 8 * (size_t)bits * (size_t)d);
+    make_levels(level, levels);
     for (int t = 0; t < KVQ_BLOCK; t++) {
         float power = 0;
         for (int c = 0; c < d; c++) {
@@ -109,22 +122,24 @@ static void encode(uint8_t *block, const uint16_t *rows, int d, const float leve
         inverse[t] = kvq_inverse_or_zero(scale[t]);
     }
     for (int first = 0; first < d; first += lanes) {
-        float z[KVQ_BLOCK][LANES];
+        float z[KVQ_BLOCK][LANES]; /* in the order of the stream, as code */
         uint8_t code[KVQ_BLOCK][LANES];
         int window[LANES] = {0};
-        for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int p = 0; p < KVQ_BLOCK; p++) {
+            const int t = place_of(p, bits).token;
             for (int i = 0; i < lanes; i++) {
-                z[t][i] = kvq_f16_to_f32(rows[t * d + first + i]) * inverse[t];
+                z[p][i] = kvq_f16_to_f32(rows[t * d + first + i]) * inverse[t];
             }
         }
         find_path(code, z, level, bits, lanes);
-        for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int p = 0; p < KVQ_BLOCK; p++) {
+            const place at = place_of(p, bits);
             for (int i = 0; i < lanes; i++) {
-                window[i] = next_window(window[i], code[t][i], bits);
+                window[i] = next_window(window[i], code[p][i], bits);
                 const float y = level[window[i]];
-                xy[t] += z[t][i] * y;
-                yy[t] += y * y;
-                words[byte_of(t, first + i, bits)] |= (uint8_t)(code[t][i] << t * bits % 8);
+                xy[at.token] += z[p][i] * y;
+                yy[at.token] += y * y;
+                words[byte_at(at, first + i, bits)] |= (uint8_t)(code[p][i] << at.shift);
             }
         }
     }
@@ -134,28 +149,26 @@ static void encode(uint8_t *block, const uint16_t *rows, int d, const float leve
     kvq_store_scales(block, block + 4, scale, KVQ_BLOCK);
 }
 
-static void decode(float *x, const uint8_t *block, int d, const float level[LEVELS], int bits) {
-    const float unit = kvq_load_f16(block);
+static void decode(float *x, const uint8_t *block, int d, const int8_t level[LEVELS], int bits) {
+    const float unit = kvq_load_f16(block) * KVQ_LEVEL_UNIT;
     const uint8_t *const words = block + KVQ_T_HEADER;
     for (int c = 0; c < d; c++) {
         int window = 0;
-        for (int t = 0; t < KVQ_BLOCK; t++) {
-            const int code = words[byte_of(t, c, bits)] >> t * bits % 8 & ((1 << bits) - 1);
+        for (int p = 0; p < KVQ_BLOCK; p++) {
+            const place at = place_of(p, bits);
+            const int code = words[byte_at(at, c, bits)] >> at.shift & ((1 << bits) - 1);
             window = next_window(window, code, bits);
-            x[t * d + c] = unit * (float)block[4 + t] * level[window];
+            x[at.token * d + c] = unit * (float)block[4 + at.token] * (float)level[window];
         }
     }
 }
 
-void kvq_encode_t1(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh) {
-    encode(block, rows, sh->d, kvq_t1_level, 1);
-}
-void kvq_decode_t1(float *x, const uint8_t *block, const kvq_kv_shape *sh) {
-    decode(x, block, sh->d, kvq_t1_level, 1);
-}
-void kvq_encode_t2(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh) {
-    encode(block, rows, sh->d, kvq_t2_level, 2);
-}
-void kvq_decode_t2(float *x, const uint8_t *block, const kvq_kv_shape *sh) {
-    decode(x, block, sh->d, kvq_t2_level, 2);
-}
+#define TRELLIS_CODEC(NAME, BITS)                                                                  \
+    void kvq_encode_##NAME(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh) {         \
+        encode(block, rows, sh->d, kvq_##NAME##_level, BITS);                                      \
+    }                                                                                              \
+    void kvq_decode_##NAME(float *x, const uint8_t *block, const kvq_kv_shape *sh) {               \
+        decode(x, block, sh->d, kvq_##NAME##_level, BITS);                                         \
+    }
+TRELLIS_CODEC(t1, 1)
+TRELLIS_CODEC(t2, 2)

@@ -53,41 +53,49 @@ static inline kvq_kv_shape kvq_plain_shape(int d) {
  *     One 32-byte load is 8 tokens by n channels; shifted by b * j and masked, each 32-bit lane
  *     holds channels 4j..4j+3 of one token, the shape that a 4-way integer dot product takes.
  *
- * c8: values. Channels i and i + 8 of each 16 make a pair; a pair is one of 8 points of a plane
- *     (3 bits, so 1.5 bits per value) times the token's scale.
+ * c8: values. Channels i and i + 2 of each 4 (i = 0, 1) make a pair; a pair is one of 8 points of a
+ *     plane (3 bits, so 1.5 bits per value) times the token's scale.
  *
  *     | half su | u16 0 | u8 S[d / group][64] | words: 12 * d bytes |
  *
- *     value[t][c] = su * S[c / group][t] * point[code[t][pair]], x for channel i, y for i + 8
- *     words: [channel / 16][token / 32][word w = 0..2][pair i = 0..7] of 32 bits. A word holds, for
- *     its pair, the codes of ten tokens (t = 10w .. 10w + 9) in bits 3(t - 10w); the two bits left
- *     over in each of the three words hold tokens 30 and 31:
- *         token 30 = w0[31:30] | w1[30] << 2
- *         token 31 = w1[31] | w2[31:30] << 1
- *     So 32 codes take exactly 96 bits; decoding is a shift and a table look-up per 8 pairs.
+ *     value[t][c] = su * S[c / group][t] * KVQ_LEVEL_UNIT * point[code[t][pair]], x for channel i,
+ *         y for i + 2
+ *     words: [channel / 16][word w = 0..2][pair 0..7] of 64 bits. Byte j of a word, from the top:
  *
- * mixed: keys in a calibrated basis, whose channels have about unit variance around the block's mean
- *     and come in the order of their importance: the first have 8 bits, then 4, 2, 1, the last none.
+ *         word 0 | tokens 48 + j: bits 1, 0 | token  8 + j: 3 bits | token      j: 3 bits |
+ *         word 1 | tokens 56 + j: bits 1, 0 | token 24 + j: 3 bits | token 16 + j: 3 bits |
+ *         word 2 | 56 + j: bit 2 | 48 + j: bit 2 | token 40 + j: 3 bits | token 32 + j: 3 bits |
+ *
+ *     So a shift puts the codes of 8 tokens in a row into the 8 bytes of a lane of 64 bits, where a
+ *     byte shuffle looks up their levels and a 4-way integer dot product weighs them.
+ *
+ * mixed: keys in a calibrated basis, whose channels have about unit variance around the block's
+ *     mean and come in the order of their importance: the first have 8 bits, then 4, 2, 1, the last
+ *     none.
  *
  *     | half mu | half r8 | half r4 | half r2 | half r1 | u16 0 0 0 | i8 M[d] | u8 R[n] | units |
  *
- *     value[t][c] = mu * M[c] + r * R[c] * (code - (2^bits - 1) / 2), r that of the channel's width; R
- *         has a byte for each channel that has bits, and zeros up to a multiple of 16
+ *     value[t][c] = mu * M[c] + r * R[c] * (code - (2^bits - 1) / 2), r that of the channel's
+ *         width; R has a byte for each channel that has bits, and zeros up to a multiple of 16
  *     units: [token / 16][unit][token % 16] of 16 bits. A unit holds the codes of 4, 8 or 16
- *         channels of 4, 2 or 1 bits: channel 2j + k of it in byte k at bit bits * j. A channel of 8
- *         bits is one of 4 in a unit of the high halves and again in a unit of the low halves; all
- *         high ones come first.
+ *         channels of 4, 2 or 1 bits: channel 2j + k of it in byte k at bit bits * j. A channel of
+ *         8 bits is one of 4 in a unit of the high halves and again in a unit of the low halves;
+ *         all high ones come first.
  *     One 32-byte load is a unit of 16 tokens; shifted and masked, each 16-bit lane holds two
  *     channels of one token, which a multiply-add of byte pairs turns into one sum per token.
  *
- * t1, t2: values. Along the tokens of a channel, a code of b = 1 or 2 bits and the 4 - b bits before
- *     it choose one of 16 levels (a trellis code; the encoder searches all paths):
+ * t1, t2: values. Along the tokens of a channel, a code of b = 1 or 2 bits and the 4 - b bits
+ *     before it choose one of 16 levels (a trellis code; the encoder searches all paths):
  *
  *     | half su | u16 0 | u8 S[64] | words: 8 * b * d bytes |
  *
- *     value[t][c] = su * S[t] * level[bits b(t + 1) - 4 .. b(t + 1) - 1 of the channel's stream]
- *     The stream is preceded by zeros; its bits lie in words of 32, the first token lowest:
- *     words: [channel / 8][word][channel % 8]
+ *     value[t][c] = su * S[t] * KVQ_LEVEL_UNIT * level[bits b(p + 1) - 4 .. b(p + 1) - 1 of the
+ *         channel's stream], p the token's place in the stream
+ *     The stream is preceded by zeros; it lies in words of 32 bits, the first bit lowest:
+ *     words: [channel / 16][word][channel % 16]. A word holds 32 / b tokens in a row, in the order
+ *         that puts 4 in a row into its 4 bytes: byte j has, from its low end, tokens j, j + 4,
+ *         j + 8, ... of them.
+ *     So a shift and a mask give the windows of 4 tokens in a row, as above.
  *
  * n1, n2, n3, nf4: keys or values, each token by itself: one of 2^b levels times the token's scale.
  *
@@ -173,14 +181,18 @@ static inline size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(
  * tables of n1 and n2 are repeated to 8 entries: any bits above a code's own may come along. */
 extern const float kvq_n1_level[8], kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
 
+/* Levels of t1, t2 and points of c8 are small integers, which instruction sets multiply fastest, in
+ * this unit; rounding to them adds 2.4e-5 of the power of normal data to the error. */
+#define KVQ_LEVEL_UNIT (1.0f / 59)
+
 /* Levels of t1 and t2 for a normal variable of unit variance, by four bits of the stream, the last
  * one highest. Found by alternating the search for paths with means (Lloyd's algorithm over the
  * trellis; bench/train_trellis.c). */
-extern const float kvq_t1_level[16], kvq_t2_level[16];
+extern const int8_t kvq_t1_level[16], kvq_t2_level[16];
 
 /* Points of c8: the 8-point quantizer of least mean square error for a two-dimensional normal
  * distribution of unit variance (Lloyd's algorithm on a grid of 801 x 801; error 0.2012 per value).
- */
-extern const float kvq_c8_x[8], kvq_c8_y[8];
+ * Points 4..7 are 0..3 negated. */
+extern const int8_t kvq_c8_x[8], kvq_c8_y[8];
 
 #endif

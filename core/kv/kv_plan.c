@@ -88,9 +88,11 @@ static void set_runs(kvq_track *track, const uint16_t run[KVQ_RUNS]) {
 
 /* ---- a budget ---------------------------------------------------------------------------- */
 
-/* The choices of one track: bytes of a block and divergence that it causes. */
+/* The choices of one track: bytes of a block and divergence that it causes. Of keys, choice i has i
+ * units; of values, codec[i]. */
 typedef struct ladder {
     int n, at;
+    kvq_codec_id codec[N_VALUE_CHOICES];
     size_t bytes[MOST_UNITS + 1];
     float loss[MOST_UNITS + 1];
     int next;   /* the step up that lowers the divergence most per byte; at: there is none */
@@ -127,6 +129,7 @@ static void make_ladder(ladder *l, const kvq_track *track, const kvq_profile *p,
     for (int i = 0; i < N_VALUE_CHOICES; i++) {
         const kvq_codec_id codec = value_choices[i];
         if (shape.d % kvq_codecs[codec].d_multiple) continue;
+        l->codec[l->n] = codec;
         l->bytes[l->n] = kvq_codecs[codec].bytes(&shape);
         l->loss[l->n++] = p->v_sensitivity[h] * loss_of[codec];
     }
@@ -187,16 +190,10 @@ static kvq_status plan_budget(kvq_track *tracks, const kvq_plan_request *r, doub
     }
     status = climb(ladders, n, r, bits);
     for (int i = 0; i < n && status == KVQ_OK; i++) {
-        if (i / r->n_heads % KVQ_SIDES == KVQ_KEYS) {
+        if (i / r->n_heads % KVQ_SIDES == KVQ_KEYS)
             set_runs(&tracks[i], mixtures[i][ladders[i].at].run);
-            continue;
-        }
-        int choice = 0;
-        while (kvq_codecs[value_choices[choice]].bytes(&tracks[i].shape) !=
-               ladders[i].bytes[ladders[i].at]) {
-            choice++;
-        }
-        tracks[i].codec = value_choices[choice];
+        else
+            tracks[i].codec = ladders[i].codec[ladders[i].at];
     }
 done:
     kvq_free(ladders);
@@ -320,11 +317,10 @@ static void plan_svdq_steps(kvq_track *tracks, const kvq_plan_request *r) {
 static kvq_status check_request(const kvq_plan_request *r) {
     const kvq_profile *const p = r->profile;
     if (!p && r->scheme->profile == KVQ_PROFILE_NEEDED) {
-        return kvq_fail(
-            KVQ_ERR_ARGUMENT,
-            "The KV scheme %s needs a profile of the model, but has none here; make one "
-            "with `pykvq calibrate`, or use skvq, which needs none.",
-            r->scheme->name);
+        return kvq_fail(KVQ_ERR_ARGUMENT,
+                        "The KV scheme %s needs a profile of the model, but was given none; "
+                        "`pykvq calibrate` makes one, and skvq needs none.",
+                        r->scheme->name);
     }
     if (p && (p->n_layers != r->n_layers || p->n_heads != r->n_heads || p->d_head != r->d_head)) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
@@ -362,34 +358,35 @@ static kvq_track first_track(const kvq_plan_request *r, int layer, int side, int
     return track;
 }
 
+static kvq_status check_layers(const char *name, int value, int n_layers) {
+    if (value >= -1 && value <= n_layers) return KVQ_OK;
+    return kvq_fail(KVQ_ERR_ARGUMENT, "%s is %d, expected 0 to %d, the number of layers.", name,
+                    value, n_layers);
+}
+
 static kvq_status check_asymkv(const kvq_plan_request *r) {
     const bool counted = r->l_k != -1 || r->l_v != -1;
     if (r->scheme->plan != KVQ_PLAN_asymkv) {
         if (!counted) return KVQ_OK;
         return kvq_fail(KVQ_ERR_ARGUMENT,
-                        "l_k and l_v are %d and %d, but only the KV schemes asymkv and asymkv-4 "
-                        "have them; expected -1 for %s.",
-                        r->l_k, r->l_v, r->scheme->name);
+                        "l_k and l_v were given to the KV scheme %s, but only asymkv and asymkv-4 "
+                        "take them.",
+                        r->scheme->name);
     }
     if (r->bits != 0 && !r->profile) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
                         "To choose layers for %.3g bits the KV scheme %s needs a profile of the "
-                        "model, and there is none; make one with `pykvq calibrate`.",
+                        "model, but was given none; `pykvq calibrate` makes one.",
                         r->bits, r->scheme->name);
     }
     if (r->bits != 0 && counted) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
                         "The KV scheme %s takes either l_k and l_v or an average of bits, but "
-                        "was given %d, %d and %.3g.",
-                        r->scheme->name, r->l_k, r->l_v, r->bits);
+                        "was given both (%.3g bits).",
+                        r->scheme->name, r->bits);
     }
-    if (r->l_k < -1 || r->l_k > r->n_layers || r->l_v < -1 || r->l_v > r->n_layers) {
-        return kvq_fail(KVQ_ERR_ARGUMENT,
-                        "l_k and l_v are %d and %d, expected 0 to %d, the number of layers, or -1 "
-                        "for the default.",
-                        r->l_k, r->l_v, r->n_layers);
-    }
-    return KVQ_OK;
+    const kvq_status status = check_layers("l_k", r->l_k, r->n_layers);
+    return status == KVQ_OK ? check_layers("l_v", r->l_v, r->n_layers) : status;
 }
 
 kvq_status kvq_plan_make(kvq_track *tracks, const kvq_plan_request *r) {
@@ -449,4 +446,15 @@ size_t kvq_plan_table_bytes(const kvq_track *tracks, const kvq_plan_request *r) 
         if (tracks[i].basis.kind == KVQ_BASIS_permuted) bytes += d * sizeof(uint16_t);
     }
     return bytes;
+}
+
+bool kvq_plan_uses_profile(const kvq_track *tracks, const kvq_plan_request *r) {
+    if (!r->profile) return false;
+    if (r->scheme->plan == KVQ_PLAN_asymkv) return r->bits != 0; /* it chose the layers */
+    for (int i = 0; i < r->n_layers * KVQ_SIDES * r->n_heads; i++) {
+        const kvq_basis_kind kind = tracks[i].basis.kind;
+        if (kind == KVQ_BASIS_calibrated || kind == KVQ_BASIS_permuted) return true;
+        if (tracks[i].shape.clip != 1) return true;
+    }
+    return false;
 }

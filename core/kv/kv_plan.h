@@ -39,6 +39,9 @@ kvq_status kvq_plan_make(kvq_track *tracks, const kvq_plan_request *request);
 /* Bits per element of the sealed blocks of one side, metadata and padding included. */
 double kvq_plan_bits(const kvq_track *tracks, const kvq_plan_request *request, int side);
 
+/* Whether anything in the tracks is from the profile: without it they would be the same. */
+bool kvq_plan_uses_profile(const kvq_track *tracks, const kvq_plan_request *request);
+
 /* Bytes of all that the plan's bases hold: matrices, means, orders. */
 size_t kvq_plan_table_bytes(const kvq_track *tracks, const kvq_plan_request *request);
 

@@ -5,6 +5,7 @@
 #include "arch.h"
 #include "kv/kv_profile.h"
 #include "kv/kv_scheme.h"
+#include "ops.h"
 
 enum { VERSION = 1, TYPE_F32 = 0, TYPE_F16 = 1, TYPE_I16 = 25 }; /* types as ggml numbers them */
 
@@ -212,7 +213,7 @@ static kvq_status read_waves(const reader *r, int layer, float *work) {
     kvq_profile *const p = r->p;
     const kvq_config *const c = r->config;
     const int n = p->d_head, pairs = (int)c->d_rope / 2;
-    const int apart = c->rope == KVQ_ROPE_NEOX ? pairs : 1, step = c->rope == KVQ_ROPE_NEOX ? 1 : 2;
+    const bool neox = c->rope == KVQ_ROPE_NEOX;
     char name[64];
     snprintf(name, sizeof name, "blk.%d.k_wave", layer);
     const kvq_status status =
@@ -230,7 +231,8 @@ static kvq_status read_waves(const reader *r, int layer, float *work) {
                             name, head, (double)mu[channel], channel);
         }
         for (int pair = 0; pair < pairs; pair++) {
-            const int a = pair * step, b = a + apart;
+            const int a = kvq_rope_first(pair, neox);
+            const int b = kvq_rope_second(pair, 2 * pairs, neox);
             if (mu[a] == 0 && mu[b] == 0) continue;
             if (found == KVQ_WAVES) {
                 return kvq_fail(KVQ_ERR_FORMAT,

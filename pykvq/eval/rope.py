@@ -5,12 +5,10 @@ A simulation is shown keys after RoPE (arXiv 2104.09864); these take them back, 
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pykvq.errors import UnsupportedError
 from pykvq.moments import Rope
 
 if TYPE_CHECKING:
@@ -22,11 +20,7 @@ class Rotation:
     """The rotation by position that a model gives its keys, for blocks of them."""
 
     def __init__(self, model: Model) -> None:
-        """Reads it.
-
-        Raises:
-            ModelError: How RoPE pairs the channels of this architecture is not known.
-        """
+        """Reads it."""
         self._rope = Rope.of(model)
         self._span = (-1, -1)
         self._cos_sin: tuple[Array, Array] = (np.empty(0), np.empty(0))
@@ -55,43 +49,12 @@ class Rotation:
 
 
 def key_biases(model: Model) -> Array:
-    """The biases of the keys, [n_layers, n_kv_heads, d_head]; zero where a layer has none.
-
-    Raises:
-        ImportError: The model has some, and the package `gguf`, which reads them, is missing.
-        UnsupportedError: They are in another file than the first of a split model.
-    """
+    """The biases of the keys, [n_layers, n_kv_heads, d_head]; zero where a layer has none."""
     info = model.info
-    names = [f"blk.{layer}.attn_k.bias" for layer in range(info.n_layers)]
-    present = {tensor.name for tensor in model.tensors}.intersection(names)
-    shape = (info.n_kv_heads, info.d_head)
-    biases = np.zeros((info.n_layers, *shape), np.float32)
-    if present:
-        found = _vectors(info.path, frozenset(present))
-        for layer, name in enumerate(names):
-            if name in found:
-                biases[layer] = found[name].reshape(shape)
+    biases = np.zeros((info.n_layers, info.n_kv_heads, info.d_head), np.float32)
+    if model.has_key_bias:
+        present = {tensor.name for tensor in model.tensors}
+        for layer in range(info.n_layers):
+            if (name := f"blk.{layer}.attn_k.bias") in present:
+                biases[layer] = model.tensor(name).reshape(biases.shape[1:])
     return biases
-
-
-@functools.lru_cache(maxsize=2)
-def _vectors(path: str, names: frozenset[str]) -> dict[str, Array]:
-    """The named tensors as float32; kept, since the reader takes seconds for a large vocabulary."""
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError as error:
-        raise ImportError(
-            f"The biases of the keys of {path} are read with the package gguf, which is not"
-            " installed: pip install gguf."
-        ) from error
-    found: dict[str, Array] = {
-        tensor.name: np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        for tensor in GGUFReader(path).tensors
-        if tensor.name in names
-    }
-    if missing := sorted(names - found.keys()):
-        raise UnsupportedError(
-            f"{missing[0]} is not in {path}, the first file of a split model; to simulate what"
-            " needs the biases of the keys, merge its files."
-        )
-    return found

@@ -275,7 +275,14 @@ static const double most_score_off[KVQ_CODECS] = {
     [KVQ_CODEC_c8] = 1e-6,  [KVQ_CODEC_mixed] = 0.015, [KVQ_CODEC_t1] = 1e-6,
     [KVQ_CODEC_t2] = 1e-6,  [KVQ_CODEC_n1] = 1e-6,     [KVQ_CODEC_n2] = 1e-6,
     [KVQ_CODEC_n3] = 1e-6,  [KVQ_CODEC_nf4] = 1e-6};
-static const float most_accum_off = 1e-6f;
+/* c8, t1 and t2 round weights to 1/4095 of the largest of a block: off by 3e-5 on average here, and
+ * by ten times as much where large errors meet. */
+static const float most_accum_off[KVQ_CODECS] = {
+    [KVQ_CODEC_f16] = 1e-6f, [KVQ_CODEC_q8_0] = 1e-6f,  [KVQ_CODEC_q4_0] = 1e-6f,
+    [KVQ_CODEC_u1] = 1e-6f,  [KVQ_CODEC_u2] = 1e-6f,    [KVQ_CODEC_u4] = 1e-6f,
+    [KVQ_CODEC_c8] = 5e-4f,  [KVQ_CODEC_mixed] = 1e-6f, [KVQ_CODEC_t1] = 5e-4f,
+    [KVQ_CODEC_t2] = 5e-4f,  [KVQ_CODEC_n1] = 1e-6f,    [KVQ_CODEC_n2] = 1e-6f,
+    [KVQ_CODEC_n3] = 1e-6f,  [KVQ_CODEC_nf4] = 1e-6f};
 
 static const char *check_kernels(const kvq_isa *isa, codec_case which, int d, int n) {
     const kvq_codec_id id = which.id;
@@ -320,7 +327,7 @@ static const char *check_kernels(const kvq_isa *isa, codec_case which, int d, in
             float scale = 1;
             for (int t = 0; t < KVQ_BLOCK; t++)
                 scale += fabsf(s[i * KVQ_BLOCK + t] * decoded[t * d + c]);
-            if (!(fabsf(o[i * d + c] - o_ref[i * d + c]) <= most_accum_off * scale)) {
+            if (!(fabsf(o[i * d + c] - o_ref[i * d + c]) <= most_accum_off[id] * scale)) {
                 return TEST_FAIL(
                     "%s on %s, width %d, query %d of %d, channel %d: sum %g, expected %g",
                     case_name(which), isa->name, d, i, n, c, o[i * d + c], o_ref[i * d + c]);
@@ -351,6 +358,7 @@ static const char *queries_do_not_disturb_each_other(void) {
     static uint16_t rows[KVQ_BLOCK * D];
     static uint8_t block[KVQ_BLOCK * D * 2];
     static float q[MOST_QUERIES * D], s[MOST_QUERIES * KVQ_BLOCK], one[KVQ_BLOCK];
+    static float weights[MOST_QUERIES * KVQ_BLOCK];
     if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
     make_rows(rows, KVQ_BLOCK, D, 3);
     make_floats(q, MOST_QUERIES * D, 4);
@@ -359,14 +367,16 @@ static const char *queries_do_not_disturb_each_other(void) {
         const kvq_kv_shape shape = shape_of(c, D);
         kvq_codecs[c.id].encode(block, rows, &shape);
         kvq_run_score(isa, c.id, s, &(kvq_query){.x = q, .n = MOST_QUERIES}, block, &shape);
+        make_floats(weights, MOST_QUERIES * KVQ_BLOCK, 5);
+        for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) weights[i] = fabsf(weights[i]);
         for (int i = 0; i < MOST_QUERIES; i++) {
             float sums[2][MOST_QUERIES * D] = {{0}};
             kvq_run_score(isa, c.id, one, &(kvq_query){.x = q + i * D, .n = 1}, block, &shape);
             if (memcmp(one, s + i * KVQ_BLOCK, sizeof one) != 0) {
                 return TEST_FAIL("%s: the scores of query %d change alone", case_name(c), i);
             }
-            kvq_run_accum(isa, c.id, sums[0], s, MOST_QUERIES, block, &shape);
-            kvq_run_accum(isa, c.id, sums[1], s + i * KVQ_BLOCK, 1, block, &shape);
+            kvq_run_accum(isa, c.id, sums[0], weights, MOST_QUERIES, block, &shape);
+            kvq_run_accum(isa, c.id, sums[1], weights + i * KVQ_BLOCK, 1, block, &shape);
             if (memcmp(sums[0] + i * D, sums[1], D * sizeof(float)) != 0) {
                 return TEST_FAIL("%s: the sums of query %d change alone", case_name(c), i);
             }

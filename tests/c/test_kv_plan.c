@@ -206,6 +206,35 @@ static const char *a_budget_is_kept_and_spent(void) {
     return NULL;
 }
 
+static const char *a_profile_is_used_where_it_changes_something(void) {
+    const kvq_profile *const profile = make_profile();
+    kvq_profile unclipped = *profile;
+    float ones[LAYERS];
+    for (int layer = 0; layer < LAYERS; layer++) ones[layer] = 1;
+    unclipped.k_clip = unclipped.v_clip = ones;
+    const struct {
+        const char *scheme;
+        const kvq_profile *profile;
+        double bits;
+        bool used;
+    } cases[] = {{"f16", profile, 0, false},     {"nqkv", profile, 0, false},
+                 {"skvq", NULL, 0, false},       {"skvq", profile, 0, true},
+                 {"skvq", &unclipped, 0, false}, {"skvq-g32", &unclipped, 0, true},
+                 {"asymkv", profile, 0, false},  {"asymkv", profile, 1.5, true},
+                 {"svdq", profile, 0, true},     {"svdq-steps", profile, 0, true},
+                 {"auto", profile, 0, true}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        kvq_track tracks[TRACKS];
+        kvq_plan_request r = request_for(cases[i].scheme, cases[i].profile);
+        r.bits = cases[i].bits;
+        if (kvq_plan_make(tracks, &r) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+        if (kvq_plan_uses_profile(tracks, &r) != cases[i].used) {
+            return TEST_FAIL("%s, case %zu: expected %d", cases[i].scheme, i, cases[i].used);
+        }
+    }
+    return NULL;
+}
+
 /* Each in a sentence that says what to do. */
 static const char *what_cannot_be_planned_is_refused(void) {
     const kvq_profile *const profile = make_profile();
@@ -216,13 +245,13 @@ static const char *what_cannot_be_planned_is_refused(void) {
         int l_k, l_v;
         const char *says;
     } wrong[] = {
-        {"svdq", false, 0, -1, -1, "pykvq calibrate"},
-        {"asymkv", false, 1.5, -1, -1, "pykvq calibrate"},
+        {"svdq", false, 0, -1, -1, "was given none; `pykvq calibrate` makes one"},
+        {"asymkv", false, 1.5, -1, -1, "was given none; `pykvq calibrate` makes one"},
         {"asymkv", true, 1.5, 2, -1, "either"},
         {"asymkv", true, 1.0, -1, -1, "at least"},
-        {"asymkv", false, 0, LAYERS + 1, 0, "expected 0 to 5"},
-        {"asymkv", false, 0, 0, -2, "expected 0 to 5"},
-        {"skvq", false, 0, 1, -1, "only the KV schemes asymkv"},
+        {"asymkv", false, 0, LAYERS + 1, 0, "l_k is 6, expected 0 to 5"},
+        {"asymkv", false, 0, 0, -2, "l_v is -2, expected 0 to 5"},
+        {"skvq", false, 0, 1, -1, "scheme skvq, but only asymkv"},
         {"skvq", true, 2, -1, -1, "fixed"},
         {"svdq-steps", true, 2, -1, -1, "fixed"},
         {"auto", true, 0.5, -1, -1, "at least"},
@@ -245,6 +274,8 @@ static const char *what_cannot_be_planned_is_refused(void) {
 
 const kvq_test tests_kv_plan[] = {
     {"kv plan: asymkv has more bits in the first layers", asymkv_has_more_bits_in_the_first_layers},
+    {"kv plan: a profile is used where it changes something",
+     a_profile_is_used_where_it_changes_something},
     {"kv plan: asymkv spends bits where they save most", asymkv_spends_bits_where_they_save_most},
     {"kv plan: skvq takes order, groups and clips of a profile",
      skvq_takes_order_groups_and_clips_of_a_profile},

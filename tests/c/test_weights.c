@@ -217,6 +217,7 @@ static const kvq_isa *const *fast_sets(void) {
     int n = 0;
 #if defined(__x86_64__) || defined(_M_X64)
     if (kvq_isa_avx2.supported()) sets[n++] = &kvq_isa_avx2;
+    if (kvq_isa_avx512.supported()) sets[n++] = &kvq_isa_avx512;
 #endif
     sets[n] = NULL;
     return sets;

@@ -1,0 +1,177 @@
+/* vec_avx512.h: the vector words that the kernel texts (*_kernels.inl) are written in, for AVX-512
+ * (F, BW, DQ, VL) with VNNI.
+ *
+ * The words mean what they mean in vec_avx2.h. vf: 16 f32. vi: 16 i32. vb: 64 bytes. Included by
+ * isa_avx512.c after it has switched its target on.
+ */
+#ifndef KVQ_VEC_AVX512_H
+#define KVQ_VEC_AVX512_H
+
+#include <immintrin.h>
+
+#define VF_LANES 16 /* f32 in a vector */
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __m512i vb;
+
+static inline vf vf_zero(void) { return _mm512_setzero_ps(); }
+static inline vf vf_set(float x) { return _mm512_set1_ps(x); }
+static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); } /* a * b + c */
+static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vf_neg_abs(vf a) { return _mm512_or_ps(a, vf_set(-0.0f)); }
+static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of x */
+    return _mm512_mask_mov_ps(no, _mm512_movepi32_mask(_mm512_castps_si512(x)), yes);
+}
+static inline vf vf_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline vf vf_load_bf16(const void *p) {
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+static inline vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
+static inline vf vf_from_f16_low(vi a) { /* the f16 in the low half of each lane */
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a));
+}
+static inline float vf_first(vf a) { return _mm512_cvtss_f32(a); } /* lane 0 */
+static inline float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
+static inline float vf_largest(vf a) { return _mm512_reduce_max_ps(a); }
+
+/* e^x for x <= 0, as in vec_avx2.h. */
+static inline vf vf_exp(vf x) {
+    const vf n = _mm512_roundscale_ps(_mm512_mul_ps(x, vf_set(1.44269504f)),
+                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf r = _mm512_fnmadd_ps(n, vf_set(0x1.62e4p-1f), x); /* n * high bits of ln 2: exact */
+    r = _mm512_fnmadd_ps(n, vf_set(0x1.7f7d1cp-20f), r);
+    vf y = vf_set(1.0f / 5040);
+    y = vf_fma(y, r, vf_set(1.0f / 720));
+    y = vf_fma(y, r, vf_set(1.0f / 120));
+    y = vf_fma(y, r, vf_set(1.0f / 24));
+    y = vf_fma(y, r, vf_set(1.0f / 6));
+    y = vf_fma(y, r, vf_set(0.5f));
+    y = vf_fma(y, r, vf_set(1.0f));
+    y = vf_fma(y, r, vf_set(1.0f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, vf_set(-87.0f), _CMP_GE_OQ), y, n);
+}
+
+static inline vi vi_zero(void) { return _mm512_setzero_si512(); }
+static inline vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vi vi_set_lanes(const void *p) { /* 4 bytes, repeated in all lanes */
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+}
+static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+static inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+#define vi_shr(a, n) _mm512_srli_epi32(a, n) /* n: a constant; zeros come in */
+#define vi_byte(a, n)                        /* signed byte n of each lane; n: a constant */       \
+    _mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * (n)), 24)
+
+static inline vb vb_set(int x) { return _mm512_set1_epi8((char)x); }
+static inline vb vb_and(vb a, vb b) { return _mm512_and_si512(a, b); }
+#define vb_shr(a, n, mask) /* per byte, if mask clears the rest */                                 \
+    _mm512_and_si512(_mm512_srli_epi16(a, n), mask)
+#define vb_shl(a, n, mask) _mm512_and_si512(_mm512_slli_epi16(a, n), mask)
+
+/* ---- words of the weight kernels --------------------------------------------------------- */
+
+#define PANEL_VECTORS 2 /* of rows that share a load of activations */
+#define TILE_TOKENS 8   /* that share a load of codes: sixteen sums */
+
+#define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+
+/* Two i16 to a lane. */
+static inline vi vi_set16(int16_t x) { return _mm512_set1_epi16(x); }
+static inline vi vi_sub16(vi a, vi b) { return _mm512_sub_epi16(a, b); }
+static inline vi vi_mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
+static inline vi vi_dot16(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
+#define vi_shr16(a, n) _mm512_srli_epi16(a, n)
+static inline vi vi_low16(vi a) { /* the low one, twice */
+    return _mm512_or_si512(_mm512_slli_epi32(a, 16), _mm512_and_si512(a, vi_set(0xffff)));
+}
+/* The low or high byte of each, widened. */
+static inline vi vi_low_bytes(vb a) { return _mm512_and_si512(a, vi_set16(255)); }
+static inline vi vi_high_bytes(vb a) { return _mm512_srli_epi16(a, 8); }
+static inline vi vi_low_signed_bytes(vb a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+static inline vi vi_high_signed_bytes(vb a) { return _mm512_srai_epi16(a, 8); }
+
+/* Rows at p, p + stride, ..., one to a lane: the first 16 bytes of each as 4 vectors of 4 bytes per
+ * row (vb_load_quads), or the first 4 (vi_load_rows). */
+static inline __m512i vb_load_four_rows(const uint8_t *p, size_t apart) {
+    __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(p + apart)), 1);
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(p + 2 * apart)), 2);
+    return _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(p + 3 * apart)), 3);
+}
+static inline void vb_load_quads(vb quads[4], const uint8_t *p, size_t stride) {
+    const __m512i r0 = vb_load_four_rows(p, 4 * stride);
+    const __m512i r1 = vb_load_four_rows(p + stride, 4 * stride);
+    const __m512i r2 = vb_load_four_rows(p + 2 * stride, 4 * stride);
+    const __m512i r3 = vb_load_four_rows(p + 3 * stride, 4 * stride);
+    const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
+    const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
+    quads[0] = _mm512_unpacklo_epi64(low01, low23);
+    quads[1] = _mm512_unpackhi_epi64(low01, low23);
+    quads[2] = _mm512_unpacklo_epi64(high01, high23);
+    quads[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+static inline __m128i vi_load_4_rows(const uint8_t *p, size_t stride) {
+    int32_t r0, r1, r2, r3;
+    memcpy(&r0, p, 4);
+    memcpy(&r1, p + stride, 4);
+    memcpy(&r2, p + 2 * stride, 4);
+    memcpy(&r3, p + 3 * stride, 4);
+    return _mm_setr_epi32(r0, r1, r2, r3);
+}
+static inline vi vi_load_rows(const uint8_t *p, size_t stride) {
+    __m512i rows = _mm512_castsi128_si512(vi_load_4_rows(p, stride));
+    rows = _mm512_inserti32x4(rows, vi_load_4_rows(p + 4 * stride, stride), 1);
+    rows = _mm512_inserti32x4(rows, vi_load_4_rows(p + 8 * stride, stride), 2);
+    return _mm512_inserti32x4(rows, vi_load_4_rows(p + 12 * stride, stride), 3);
+}
+
+/* Byte j of a lane of sixteens[i] is 16 where bit 4 i + j of that lane of `bits` is set, else 0. */
+static inline void vb_spread_bits(vb sixteens[8], vi bits) {
+    const __m128i first_bytes = _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const __m512i byte0 = _mm512_broadcast_i32x4(first_bytes);
+    const __m512i high_bits = vi_set((int)0x80402010u), sixteen = vb_set(16);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* byte i of a lane in all its bytes, one bit kept in each */
+        const __m512i byte_i = _mm512_add_epi8(byte0, vb_set(i));
+        const __m512i high = _mm512_shuffle_epi8(bits, byte_i), low = _mm512_slli_epi16(high, 4);
+        sixteens[2 * i] = _mm512_min_epu8(_mm512_and_si512(low, high_bits), sixteen);
+        sixteens[2 * i + 1] = _mm512_min_epu8(_mm512_and_si512(high, high_bits), sixteen);
+    }
+}
+
+/* The largest magnitude of 32 numbers, NaN if one of them is: magnitudes order as their bits do. */
+static inline float vf_abs_max32(const float *p) {
+    const __m512i magnitude = vi_set(0x7fffffff);
+    const __m512i first = _mm512_and_si512(_mm512_loadu_si512(p), magnitude);
+    const __m512i last = _mm512_and_si512(_mm512_loadu_si512(p + 16), magnitude);
+    const int bits = _mm512_reduce_max_epi32(_mm512_max_epi32(first, last));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+}
+/* q[32]: as many numbers times `factor`, rounded to nearest even, saturated to i16, each four in
+ * the order 0, 2, 1, 3. Returns the sum of q, exact below 2^24. */
+static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < 32; i += 16) {
+        const __m512i rounded = _mm512_cvtps_epi32(vf_mul(vf_load(p + i), vf_set(factor)));
+        const __m512i ordered = _mm512_shuffle_epi32(rounded, 0xd8);
+        _mm256_storeu_si256((__m256i *)(q + i), _mm512_cvtsepi32_epi16(ordered));
+        sum = _mm512_add_epi32(sum, rounded);
+    }
+    return (float)_mm512_reduce_add_epi32(sum);
+}
+
+#endif
