@@ -4,7 +4,8 @@
 
 Runs the harness of `pykvq eval` and writes bench/results/eval-MODEL-TEXT.json (with --own-setting
 eval-own-MODEL-TEXT.json), part by part: a run that was stopped goes on where it was when it is
-started again. A scheme that is finished with a task prints a line.
+started again. A scheme that is finished with a task prints a line; so does, every half minute,
+what is being done, its rate and how long the rest of it will take.
 
 Needs the texts in $PYKVQ_DATA/text. Simulated schemes are calibrated on WikiText-2 train.
 """
@@ -17,7 +18,9 @@ import sys
 from pathlib import Path
 
 import pykvq
-from pykvq.console import ProgressBar
+from pykvq.cli import EXIT_INTERRUPTED
+from pykvq.cli_options import comma_separated
+from pykvq.console import long_progress
 from pykvq.eval import report
 from pykvq.eval.harness import Text, evaluate
 from pykvq.eval.lanes import usable_names
@@ -30,18 +33,44 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 CALIBRATION = "wiki.train.excerpt.txt"
 
+#: Budgets that schemes which have one are measured at, beside their own.
+BUDGETS = (1.25, 1.5, 2.5, 3)
+
 
 def announce(task: str, scheme: str, summary: Json) -> None:
     """Prints what a task found about a scheme."""
     print(report.line(task, scheme, summary), flush=True)
 
 
-def main() -> None:
-    """Runs the measurement, as far as it has not been done."""
+def default_names(model: pykvq.Model) -> list[str]:
+    """What the tables of docs/ show of a model: all that it can have, by several budgets.
+
+    Taking the key bias out of keys that have none changes nothing: such simulations are left out.
+    """
+    names = [
+        name
+        for name in usable_names(model, print)
+        if model.has_key_bias or not name.endswith("-nobias")
+    ]
+    budgets = {scheme.name for scheme in pykvq.schemes() if scheme.has_budget}
+    return [
+        spelling
+        for name in names
+        for spelling in [name, *(f"{name}:{bits:g}" for bits in BUDGETS if name in budgets)]
+    ]
+
+
+def main() -> int:
+    """Runs the measurement, as far as it has not been done; returns the exit status."""
     default = Options()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a name of the catalogue or a GGUF file")
-    parser.add_argument("--kv", help="names of schemes, divided by commas (default: all)")
+    parser.add_argument(
+        "--kv",
+        type=comma_separated,
+        help="names of schemes, divided by commas, as auto:1.5 where they have a budget (default:"
+        " all, and those at several budgets)",
+    )
     parser.add_argument("--tasks", default=",".join(TASKS), help="of " + ", ".join(TASKS))
     parser.add_argument("--text", default="wiki.test.raw", help="a file of $PYKVQ_DATA/text")
     parser.add_argument("--ctx-size", type=int, default=default.n_ctx)
@@ -55,25 +84,30 @@ def main() -> None:
     kind = "eval-own" if args.own_setting else "eval"
     record = Record(RESULTS / f"{kind}-{name}-{args.text.partition('.')[0]}.json")
     options = Options(
-        tasks=args.tasks.split(","),
+        tasks=comma_separated(args.tasks),
         n_ctx=args.ctx_size,
         chunks=args.chunks,
         trials=args.trials,
         own_setting=args.own_setting,
     )
-    with pykvq.Model(args.model) as model, ProgressBar() as progress:
-        evaluate(
-            model,
-            _text(texts, args.text),
-            args.kv.split(",") if args.kv else usable_names(model, print),
-            record,
-            options,
-            calibration=_text(texts, CALIBRATION),
-            command=f"python bench/quality.py {' '.join(sys.argv[1:])}",
-            progress=progress,
-            announce=announce,
-        )
+    try:
+        with pykvq.Model(args.model) as model, long_progress() as progress:
+            evaluate(
+                model,
+                _text(texts, args.text),
+                args.kv or default_names(model),
+                record,
+                options,
+                calibration=_text(texts, CALIBRATION),
+                command=f"python bench/quality.py {' '.join(sys.argv[1:])}",
+                progress=progress,
+                announce=announce,
+            )
+    except KeyboardInterrupt:
+        print(f"Stopped. {record.kept()}")
+        return EXIT_INTERRUPTED
     print(record.path, flush=True)
+    return 0
 
 
 def _text(folder: Path, name: str) -> Text:
@@ -81,4 +115,4 @@ def _text(folder: Path, name: str) -> Text:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -251,6 +251,11 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out);
 kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_head, int32_t side,
                              int32_t block, uint8_t **data, uint64_t *bytes);
 
+/* What sealing makes of fixed numbers, over all layers and KV heads, as one number that is the same
+ * on every machine: as long as it is the same, so is what sealed blocks lose. It depends on scheme,
+ * bits, profile and on how this version packs blocks. Takes milliseconds per layer. */
+uint64_t kvq_session_digest(const kvq_session *session);
+
 /* Both sets of functions below serve calibration and research; NULL takes them away. They run on
  * the thread that evaluates, between two steps of a pass, and may not call back into the session.
  */

@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "forward.h"
+#include "kv/kv_digest.h"
 #include "ops.h"
 
 #define KVQ_VERSION "0.1.0"
@@ -541,4 +542,10 @@ kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_hea
     *data = kvq_ring_block(ring, kv_head, side, block);
     *bytes = ring->track[side][kv_head].block_bytes;
     return KVQ_OK;
+}
+
+uint64_t kvq_session_digest(const kvq_session *session) {
+    const kvq_config *const c = &session->model->config;
+    return kvq_digest(session->tracks, (size_t)c->n_layers * KVQ_SIDES * c->n_kv_heads,
+                      kvq_padded_width((int)c->d_head));
 }

@@ -248,9 +248,9 @@ def _cell(column: Column, m: Measured) -> str:
 
 def _caption(title: str, data: Json, shown: Sequence[Measured], path: Path, page: Path) -> str:
     settings, runs = data["settings"], data["runs"]
-    done = [found for m in shown for found in m.found.values()]
-    dates = sorted({runs[found["run"]]["date"] for found in done})
-    machines = sorted({runs[found["run"]]["machine"] for found in done})
+    done = [runs[run] for m in shown for found in m.found.values() for run in found["runs"]]
+    dates = sorted({run["date"] for run in done})
+    machines = sorted({run["machine"] for run in done})
     scored = [m.found["kl"]["tokens"] for m in shown if "kl" in m.found]
     about = [f"**{title}** on {settings['text']['name']}:"]
     if scored:

@@ -135,7 +135,7 @@ def profile_of(
 ) -> Profile:
     """The profile that moments of a model give.
 
-    The sensitivities and clips are 1: they are found by running the model with errors.
+    The sensitivities are 1: they are found by running the model with errors.
 
     Args:
         model: The model.
@@ -166,7 +166,6 @@ def profile_of(
         orders.append(key_order(moments.k_deviation[layer], pairs))
         if progress is not None:
             progress("bases", layer + 1, n_layers)
-    ones_by_layer = np.ones(n_layers, np.float32)
     return Profile(
         name=f"KV profile of {model.info.name}",
         model=model.info.name,
@@ -184,10 +183,8 @@ def profile_of(
             "v_mean": moments.v_mean.astype(np.float32),
             "k_importance": np.array(importances, np.float32),
             "k_order": np.array(orders, np.int16),
-            "k_sensitivity": ones_by_layer,
+            "k_sensitivity": np.ones(n_layers, np.float32),
             "v_sensitivity": np.ones((n_layers, n_kv_heads), np.float32),
-            "k_clip": ones_by_layer,
-            "v_clip": ones_by_layer,
         },
     )
 

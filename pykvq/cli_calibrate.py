@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from pykvq import cli_options as options
-from pykvq.console import ProgressBar, UsageError, notice, size
+from pykvq.cli_output import require_writable
+from pykvq.console import long_progress, notice, size
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,19 +19,23 @@ def run(args: argparse.Namespace) -> int:
     with options.open_model(args, n_threads=args.threads) as model:
         found = beside(model.info.path)
         output = found if args.output is None else Path(args.output)
-        _require_writable(output, [model.info.path, *args.files])
+        require_writable("The profile", output, [model.info.path, *args.files])
         texts = [(_name(path), options.read_text(path)) for path in args.files]
         n_ctx = options.context_size(args, model, options.CALIBRATE_CONTEXT)
         start = time.perf_counter()
-        with ProgressBar() as progress, options.checked():
-            profile = calibrate(
-                model,
-                texts,
-                n_tokens=args.tokens,
-                n_ctx=n_ctx,
-                sensitivity_chunks=args.sensitivity_chunks,
-                progress=progress,
-            )
+        try:
+            with long_progress() as progress, options.checked():
+                profile = calibrate(
+                    model,
+                    texts,
+                    n_tokens=args.tokens,
+                    n_ctx=n_ctx,
+                    sensitivity_chunks=args.sensitivity_chunks,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            notice(f"Stopped before {output} was written; calibration begins anew next time.")
+            raise
         seconds = time.perf_counter() - start
     write_profile(output, profile)
     print(output)
@@ -51,16 +54,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _name(path: str) -> str:
     return "stdin" if path == "-" else Path(path).name
-
-
-def _require_writable(output: Path, inputs: Sequence[str]) -> None:
-    """Requires that a file can be written there, before all the work is done for it."""
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise UsageError(f"The profile cannot be written to {output}: there is no folder {folder}.")
-    if output.is_dir() or not os.access(folder, os.W_OK):
-        found = "it is a folder" if output.is_dir() else f"the folder {folder} is read-only"
-        raise UsageError(f"The profile cannot be written to {output}: {found}; -o names a file.")
-    for path in map(Path, inputs):
-        if output.exists() and path.exists() and output.samefile(path):
-            raise UsageError(f"The profile would overwrite {path}, which it is made from.")

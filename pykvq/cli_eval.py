@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pykvq import cli_options as options
-from pykvq.console import ProgressBar, UsageError, notice, warn
+from pykvq.cli_output import require_folder, require_writable
+from pykvq.console import UsageError, long_progress, notice, warn
 
 if TYPE_CHECKING:
     from pykvq.eval.harness import Text
@@ -36,8 +37,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--kv names no scheme, expected at least one.")
     if args.own_setting and (args.kv_sinks is not None or args.kv_window is not None):
         raise UsageError("--own-setting excludes --kv-sinks and --kv-window.")
+    if args.output is not None:
+        require_writable("The record", Path(args.output))
     if args.plot is not None:
         plots.require_matplotlib()
+        require_folder("Plots", Path(args.plot))
     find_lanes([name for name in names if name != EVERY], 0, 0)  # says at once what is unknown
     text = _text(args.file, "-f")
     calibration = None
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     def announce(task: str, scheme: str, summary: Json) -> None:
         notice(report.line(task, scheme, summary))
 
-    with options.open_model(args) as model, ProgressBar() as progress, options.checked():
+    with options.open_model(args) as model, long_progress() as progress, options.checked():
         if EVERY in names:
             names = usable_names(model, notice)
         chosen = _options(args, options.context_size(args, model, args.default_context))
@@ -60,17 +64,22 @@ def run(args: argparse.Namespace) -> int:
                 f"Prompts of {longest} tokens exceed the {trained} that the model was trained on;"
                 " what it finds in them may say little about the cache."
             )
-        evaluate(
-            model,
-            text,
-            names,
-            record,
-            chosen,
-            calibration=calibration,
-            command=_command(),
-            progress=progress,
-            announce=announce,
-        )
+        try:
+            evaluate(
+                model,
+                text,
+                names,
+                record,
+                chosen,
+                calibration=calibration,
+                command=_command(),
+                progress=progress,
+                announce=announce,
+            )
+        except KeyboardInterrupt:
+            progress.close()
+            notice(f"Stopped. {record.kept()}")
+            raise
     shown = [lane.name for lane in find_lanes(names, 0, 0)]
     if args.json:
         print(json.dumps(record.data))

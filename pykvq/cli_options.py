@@ -233,8 +233,8 @@ def check_scheme(name: str) -> None:
             ) from None
         if name.partition(":")[0] in {scheme.name for scheme in schemes()}:
             raise UsageError(
-                f"The KV scheme {name!r} has its bits in its name, as only `pykvq eval` takes it;"
-                " here --kv-bits gives them."
+                f"The KV scheme {name!r} has its bits in its name, as only `eval` and `perplexity`"
+                " take it; here --kv-bits gives them."
             ) from None
         raise
 
@@ -278,7 +278,7 @@ def add_kv(parser: argparse._ActionsContainer, *, many: bool, default: str | Non
         type=_number,
         metavar="BITS",
         help="bits per element of schemes with a budget, such as auto (default: the scheme's);"
-        " `pykvq eval` has NAME:BITS instead",
+        " `eval` and `perplexity` also take NAME:BITS",
     )
     parser.add_argument(
         "--asymkv-layers",

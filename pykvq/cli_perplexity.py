@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pykvq import cli_options as options
-from pykvq.console import ProgressBar, UsageError, notice, warn
+from pykvq.console import UsageError, long_progress, notice
 
 if TYPE_CHECKING:
     from pykvq.perplexity import PerplexityResult
@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Measures what KV schemes cost on a text."""
     from pykvq import native
-    from pykvq.perplexity import REFERENCE, perplexity
+    from pykvq.kv_names import parse_kv
+    from pykvq.perplexity import perplexity
 
-    names = [name.strip() for name in args.kv.split(",") if name.strip()]
+    names = options.comma_separated(args.kv)
     if not names:
         raise UsageError("--kv names no scheme, expected at least one.")
+    schemes = []
     for name in names:
-        options.check_scheme(name)
+        options.check_scheme(name.partition(":")[0])
+        with options.checked():
+            schemes.append(parse_kv(name)[0])
     text = options.read_prompt(args)
-    with options.open_model(args) as model, ProgressBar() as progress:
-        options.warn_of_key_bias(model, names)
+    with options.open_model(args) as model, long_progress() as progress:
+        options.warn_of_key_bias(model, [scheme.name for scheme in schemes])
         n_ctx = options.context_size(args, model, options.PERPLEXITY_CONTEXT)
         start = time.perf_counter()
         with options.checked():
@@ -43,18 +47,12 @@ def run(args: argparse.Namespace) -> int:
                 **options.session_options(args),
             )
         seconds = time.perf_counter() - start
-        profiled = any(native.scheme_named(name).profile != "none" for name in names)
+        profiled = any(scheme.profile != "none" for scheme in schemes)
         notice(
             f"{model.info.name}{options.profile_note(model, profiled)}; {native.isa_selected()};"
             f" chunks of {n_ctx} tokens, {'token by token' if args.stream else 'read as prompts'};"
             " scored is the second half."
         )
-        if not args.stream and any(name != REFERENCE for name in names):
-            n_batch = min(n_ctx, args.batch_size or 512)
-            warn(
-                f"Passes of {n_batch} tokens see their own tokens in f16, so that little or nothing"
-                " may have been read from sealed blocks; --stream measures the sealed cache."
-            )
         about = {"model": model.info.name, "n_ctx": n_ctx, "stream": args.stream}
     if args.json:
         rows = [asdict(result) for result in results]
@@ -66,10 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(results: list[PerplexityResult], kld: bool) -> None:
-    columns = ["kv", "bits", "ppl"] + ["mean KLD", "top-1 %"] * kld
+    """Prints the table; "sealed %" is how many of the scored positions read sealed blocks."""
+    columns = ["kv", "bits", "sealed %", "ppl"] + ["mean KLD", "top-1 %"] * kld
     print("".join(f"{name:>12}" for name in columns))
     for r in results:
-        cells = [r.kv, f"{r.bits:.3f}", f"{r.ppl:.4f}"]
+        cells = [r.kv, f"{r.bits:.3f}", f"{100 * r.sealed:.1f}", f"{r.ppl:.4f}"]
         if r.mean_kld is not None and r.top1 is not None:
             cells += [f"{r.mean_kld:.5f}", f"{100 * r.top1:.2f}"]
         print("".join(f"{cell:>12}" for cell in cells))

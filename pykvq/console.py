@@ -99,3 +99,48 @@ class ProgressBar(Closing):
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._what = None
+
+
+class ProgressLines(Closing):
+    """A line on stderr every now and then, where output goes to a file: for work of minutes.
+
+    It is called as a `pykvq.model.Progress`.
+    """
+
+    def __init__(self, every: float = 30.0) -> None:
+        """Prints nothing before `every` seconds have gone by."""
+        self._every = every
+        self._what: str | None = None
+        self._since = self._said = 0.0
+        self._first = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Says how far `what` is, at what rate, and how long the rest will take."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._since, self._said, self._first = what, now, now, done
+        if now - self._said < self._every or done >= total:
+            return
+        self._said = now
+        rate = max(done - self._first, 1) / (now - self._since)
+        notice(
+            f"{what}: {done} of {total} ({100 * done / total:.0f} %), {rate:.3g} per second, about"
+            f" {duration((total - done) / rate)} left"
+        )
+
+    def close(self) -> None:
+        """Forgets what it was called with."""
+        self._what = None
+
+
+def duration(seconds: float) -> str:
+    """A time in words: hours and minutes, or minutes and seconds."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
+
+
+def long_progress() -> ProgressBar | ProgressLines:
+    """How to show the progress of work that may take hours: a bar to people, lines to files."""
+    return ProgressBar() if sys.stderr.isatty() else ProgressLines()

@@ -621,6 +621,12 @@ class SessionHandle:
 
             return memoryview(ffi.buffer(ffi.gc(data[0], release), int(n_bytes[0])))
 
+    def digest(self) -> int:
+        """Calls `kvq_session_digest`."""
+        with self._lock:
+            self.require_open()
+            return int(lib.kvq_session_digest(self._pointer))
+
     def cancel(self) -> None:
         """Makes the running `eval` stop, or else the next one; any thread may call it."""
         with self._cancel_lock:

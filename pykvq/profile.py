@@ -64,8 +64,6 @@ SLOTS = (
     Slot("k_order", "lhd", np.int16, True, "channels sorted by radius, RoPE pairs together"),
     Slot("k_sensitivity", "l", np.float32, False, "weight of a layer's key errors"),
     Slot("v_sensitivity", "lh", np.float32, False, "weight of a head's value errors"),
-    Slot("k_clip", "l", np.float32, False, "part of the range of keys that is coded"),
-    Slot("v_clip", "l", np.float32, False, "part of the range of values that is coded"),
 )
 
 

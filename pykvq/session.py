@@ -248,6 +248,14 @@ class Session(Closing):
         """
         return self._handle.until_seal()
 
+    def digest(self) -> int:
+        """64 bits that tell what sealing loses, from what fixed numbers read back as.
+
+        They are the same on every machine and for any sinks, window and size of the context; they
+        change with scheme, bits and profile, and with versions that encode in another way.
+        """
+        return self._handle.digest()
+
     def truncate(self, n: int) -> None:
         """Keeps the first n tokens.
 

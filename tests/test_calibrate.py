@@ -296,7 +296,7 @@ def test_texts_that_are_too_short_are_reported(tiny: Model) -> None:
 
 
 def test_a_profile_comes_back_from_its_file(profile: Profile, tmp_path: Path) -> None:
-    searched = profile.with_arrays(k_clip=np.array([0.5, 0.75], np.float32))
+    searched = profile.with_arrays(k_sensitivity=np.array([0.5, 0.75], np.float32))
     write_profile(tmp_path / "p.gguf", searched)
     assert os.listdir(tmp_path) == ["p.gguf"]
     found = read_profile(tmp_path / "p.gguf")
@@ -304,7 +304,7 @@ def test_a_profile_comes_back_from_its_file(profile: Profile, tmp_path: Path) ->
         assert getattr(found, name) == getattr(profile, name)
     for slot in SLOTS:
         assert (found.arrays[slot.name] == searched.arrays[slot.name]).all()
-    assert found.arrays["k_clip"].tolist() == [0.5, 0.75]
+    assert found.arrays["k_sensitivity"].tolist() == [0.5, 0.75]
 
 
 def test_tensors_of_the_file_have_ggml_shapes(profile: Profile, tmp_path: Path) -> None:
@@ -321,8 +321,6 @@ def test_tensors_of_the_file_have_ggml_shapes(profile: Profile, tmp_path: Path) 
         **{f"blk.{layer}.k_order": ("I16", [64, 2]) for layer in (0, 1)},
         "kvq.k_sensitivity": ("F32", [2]),
         "kvq.v_sensitivity": ("F32", [2, 2]),
-        "kvq.k_clip": ("F32", [2]),
-        "kvq.v_clip": ("F32", [2]),
     }
     [basis] = [t for t in file.tensors if t.name == "blk.1.k_basis"]
     row = np.frombuffer(basis.data.tobytes(), np.float16)[64 * 64 : 64 * 64 + 64]
@@ -344,12 +342,12 @@ def test_tensors_of_the_file_have_ggml_shapes(profile: Profile, tmp_path: Path) 
 
 
 def test_arrays_of_another_shape_or_with_nan_make_no_profile(profile: Profile) -> None:
-    with pytest.raises(ValueError, match=r"k_clip of .* is float32 \[3\], expected float32 \[2\]"):
-        profile.with_arrays(k_clip=np.ones(3, np.float32))
-    with pytest.raises(ValueError, match=r"v_clip of .* is float64 \[2\], expected float32"):
-        profile.with_arrays(v_clip=np.ones(2))
-    with pytest.raises(ValueError, match=r"v_clip of .* is not finite"):
-        profile.with_arrays(v_clip=np.array([1, np.nan], np.float32))
+    with pytest.raises(ValueError, match=r"k_sensitivity of .* is float32 \[3\], expected float32"):
+        profile.with_arrays(k_sensitivity=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match=r"k_sensitivity of .* is float64 \[2\], expected float32"):
+        profile.with_arrays(k_sensitivity=np.ones(2))
+    with pytest.raises(ValueError, match=r"k_sensitivity of .* is not finite"):
+        profile.with_arrays(k_sensitivity=np.array([1, np.nan], np.float32))
     with pytest.raises(ValueError, match=r"expected .*'v_sensitivity'"):
         profile.with_arrays(other=np.ones(2, np.float32))
 

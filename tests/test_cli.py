@@ -220,7 +220,7 @@ def test_schemes_that_a_key_bias_breaks_are_warned_of(
         for path, found in ((biased, expected * sensitive), (str(tiny_path), [])):
             assert warnings("run", path, "--raw", *text, "-n", "1", "--kv", kv) == found
             assert warnings("chat", path, "-n", "1", "--kv", kv) == found
-    ppl = ["perplexity", biased, *text, "-c", "64", "--chunks", "1", "--stream"]
+    ppl = ["perplexity", biased, *text, "-c", "220", "--chunks", "1", "--stream"]
     [first, second] = warnings(*ppl, "--kv", "nqkv,f16,nqkv-3,skvq,nqkv")
     assert "scheme nqkv does" in first
     assert "scheme nqkv-3 does" in second
@@ -453,18 +453,22 @@ def test_perplexity_prints_a_row_per_scheme(
     rows = report["results"]
     assert [row["kv"] for row in rows] == ["f16", "skvq"]
     for row in rows:
-        assert set(row) == {"kv", "ppl", "mean_kld", "top1", "bits", "tokens"}
+        assert set(row) == {"kv", "ppl", "mean_kld", "top1", "bits", "tokens", "sealed"}
         assert row["tokens"] == 2 * 127
     assert rows[0]["mean_kld"] == 0 < rows[1]["mean_kld"]
+    assert main([*base, "--kv", "auto:1.5,auto", "--kv-bits", "3", "--stream", "--json"]) == 0
+    few, more = json.loads(capsys.readouterr().out)["results"]
+    assert (few["kv"], more["kv"]) == ("auto:1.5", "auto")
+    assert few["bits"] <= 1.5 < more["bits"] <= 3
     assert main([*base, "--kv", "f16"]) == 0
     assert "warning" not in capsys.readouterr().err
     assert main([*base, "--kv", "skvq"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split() == ["kv", "bits", "ppl"]
+    assert out.splitlines()[0].split("  ")[-1].strip() == "ppl"
     assert out.splitlines()[1].split()[0] == "skvq"
     assert "254 tokens scored" in err
     assert "warning: Passes of 256 tokens see their own tokens in f16" in err
-    assert "--stream measures the sealed cache" in err
+    assert "read sealed blocks at all: 0 % under skvq; streaming (--stream) measures" in err
 
 
 # ---- progress -------------------------------------------------------------------------------
@@ -491,6 +495,26 @@ def test_progress_is_shown_on_a_terminal_for_what_takes_long(
     assert "reading" in progress_output(monkeypatch, FakeTerminal(), -1.0)
     assert progress_output(monkeypatch, FakeTerminal(), 60.0) == ""
     assert progress_output(monkeypatch, io.StringIO(), -1.0) == ""
+
+
+def test_without_a_terminal_long_work_prints_lines_with_its_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter((0.0, 10.0, 40.0, 50.0, 80.0, 90.0))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with console.long_progress() as lines:
+        assert isinstance(lines, console.ProgressLines)
+        for done in (100, 200, 500, 600, 1000):  # at 0, 10, 40, 50, 80 s
+            lines("kl", done, 1000)
+        lines("needle", 0, 10)
+    assert sys.stderr.getvalue().splitlines() == [
+        "pykvq: kl: 500 of 1000 (50 %), 10 per second, about 50 s left"
+    ]
+    assert console.duration(7000) == "1 h 56 min"
+    assert console.duration(128.6) == "2 min 09 s"
+    monkeypatch.setattr(sys, "stderr", FakeTerminal())
+    assert isinstance(console.long_progress(), console.ProgressBar)
 
 
 # ---- errors ---------------------------------------------------------------------------------
@@ -524,9 +548,13 @@ ERRORS = {
         ["run", "{tiny}", "-p", "a", "--kv", "auto:1.5"],
         r"'auto:1\.5' has its bits in its name, .* here --kv-bits gives them",
     ),
-    "bits in one name of several": (
-        ["perplexity", "{tiny}", "-p", "a", "--kv", "f16,auto:1.5"],
-        r"here --kv-bits gives them",
+    "bits of a fixed scheme of several": (
+        ["perplexity", "{tiny}", "-p", "a", "--kv", "f16,skvq:2"],
+        r"'skvq:2' gives bits to the KV scheme skvq, whose bits are fixed",
+    ),
+    "bits in a name that are no number": (
+        ["perplexity", "{tiny}", "-p", "a", "--kv", "auto:x"],
+        r"'auto:x' gives 'x' to the KV scheme auto, expected a number of bits",
     ),
     "bits in no name": (["run", "{tiny}", "-p", "a", "--kv", "q3:2"], r"'q3:2' is unknown; known"),
     "too few bits": (

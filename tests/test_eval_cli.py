@@ -7,16 +7,18 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pykvq import Model, Session, schemes
 from pykvq.cli import main
 
 Capture = pytest.CaptureFixture[str]
 
 SMALL = shlex.split(
-    "-c 256 --chunks 2 --at 4096 --prompts 1 --prompt-tokens 200 --predict 20 --lengths 300"
+    "-c 256 -b 50 --chunks 2 --at 4096 --prompts 1 --prompt-tokens 200 --predict 20 --lengths 300"
     " --depths 0,50 --trials 1 -t 2"
 )
 
@@ -32,7 +34,7 @@ def text_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_tasks_end_in_a_record_and_tables(
     tiny_path: Path, text_path: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    out_path = tmp_path / "new" / "out.json"
+    out_path = tmp_path / "out.json"
     args = ["eval", str(tiny_path), "-f", str(text_path), "--kv", "skvq,kivi-2", *SMALL]
     args += ["--tasks", "kl,chunked,generation,needle,retrieval", "-o", str(out_path)]
     assert main(args) == 0
@@ -62,7 +64,7 @@ def test_all_tasks_end_in_a_record_and_tables(
     assert err == ""
 
     assert main([*args, "--chunks", "1"]) == 2
-    assert "holds results for kl chunks 2, but 1 was asked for" in capsys.readouterr().err
+    assert "holds results of --chunks 2, but --chunks 1 was" in capsys.readouterr().err
 
 
 def test_json_is_one_object_and_nothing_is_written_without_o(
@@ -103,6 +105,10 @@ def test_a_calibration_text_serves_the_schemes_that_need_it(
         (["--chunks", "0"], "0 is below 1"),
         (["--depths", "0,x"], "'x' is not a number"),
         (["-c", "1000000"], "The text has"),
+        (["-c", "128"], "The task kl reads no token from sealed blocks under any scheme"),
+        (["--kv", "skvq:2"], "'skvq:2' gives bits to the KV scheme skvq, whose bits are fixed"),
+        (["-o", "no/such/out.json"], "The record cannot be written to no/such/out.json: there is"),
+        (["-o", "."], "The record cannot be written to .: it is a folder; -o names a file."),
     ],
 )
 def test_what_makes_no_sense_is_said_in_a_sentence(
@@ -148,3 +154,82 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(
     err = capsys.readouterr().err
     assert "Plots need matplotlib, which is not installed; `pip install 'pykvq[plot]'`" in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_folder_for_plots_must_be_one_or_lie_in_one(
+    tiny_path: Path, text_path: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `plot`)")
+    args = ["eval", str(tiny_path), "-f", str(text_path), "--plot"]
+    for folder, found in (
+        (tmp_path / "no" / "such", f"there is no folder {tmp_path / 'no'}"),
+        (text_path, f"{text_path} is a file"),
+    ):
+        assert main([*args, str(folder)]) == 2
+        assert f"Plots cannot be written to {folder}: {found}." in capsys.readouterr().err
+
+
+def interrupt_after(n: int) -> Any:
+    """A function that stands in for `Session.eval` and is stopped at its n-th call."""
+    evaluated = Session.eval
+    calls = iter(range(n))
+
+    def eval_(self: Session, *args: Any, **more: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return evaluated(self, *args, **more)
+
+    return eval_
+
+
+def test_ctrl_c_says_what_is_kept_and_ends_with_130(
+    tiny_path: Path, text_path: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out_path = tmp_path / "out.json"
+    args = ["eval", str(tiny_path), "-f", str(text_path), "--kv", "skvq", *SMALL]
+    for more, n, said in (
+        (
+            [],
+            1,
+            "Stopped. Nothing was written: no file was named to keep results as they come (-o)",
+        ),
+        (["-o", str(out_path)], 1, f"Stopped. No part was finished that {out_path} could keep."),
+        (
+            ["-o", str(out_path)],
+            15,
+            f"Stopped. {out_path} keeps 1 part of kl of f16, skvq. The same command goes on",
+        ),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "eval", interrupt_after(n))
+            assert main([*args, *more]) == 130
+        assert said in capsys.readouterr().err
+    assert main([*args, "-o", str(out_path)]) == 0
+    assert json.loads(out_path.read_text())["results"]["kl"]["skvq"]["runs"] == [0]  # one command
+
+
+def test_ctrl_c_of_calibrate_says_that_nothing_was_written(
+    tiny_path: Path, text_path: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out_path = tmp_path / "p.gguf"
+    args = ["calibrate", str(tiny_path), "-f", str(text_path), "-n", "512", "-c", "256"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "eval", interrupt_after(1))
+        assert main([*args, "-o", str(out_path)]) == 130
+    err = capsys.readouterr().err
+    assert f"Stopped before {out_path} was written; calibration begins anew next time." in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_measurement_of_the_docs_takes_budgets_and_every_scheme(
+    tiny: Model, tiny_qwen2: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    from quality import default_names
+
+    names = default_names(tiny)
+    assert {"auto", "auto:1.25", "auto:1.5", "auto:2.5", "auto:3"} <= set(names)
+    assert {scheme.name for scheme in schemes(64)} <= set(names)
+    assert {"kivi-2", "nsnquant-2"} <= set(names)
+    assert "kivi-2-nobias" not in names
+    assert "kivi-2-nobias" in default_names(tiny_qwen2)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from pykvq import Model, SchemeError, UnsupportedError, schemes
+from pykvq import Model, SchemeError, UnsupportedError, native, schemes
+from pykvq.calibrate import calibrate
 from pykvq.eval.lanes import (
     Cost,
     SessionPool,
     cost,
+    digest,
     elements_per_token,
     find_lanes,
     known_names,
@@ -16,6 +20,7 @@ from pykvq.eval.lanes import (
 )
 from pykvq.eval.simulations import SIMULATIONS
 from pykvq.moments import Moments
+from pykvq.profile import write_profile
 
 
 def no_moments() -> Moments:
@@ -109,3 +114,44 @@ def test_what_a_model_cannot_have_is_left_out_with_a_reason(tiny_qwen2: Model) -
     assert any(line.startswith("q4_0 is left out. ") and "16 wide" in line for line in left_out)
     with pytest.raises(UnsupportedError, match="16 wide"):
         cost(find_lanes(["q4_0"], 5, 128)[1], tiny_qwen2)
+
+
+def test_a_digest_is_that_of_what_is_sealed(tiny: Model, tiny_path: Path, tmp_path: Path) -> None:
+    names = [*known_names(), "auto:1.5", "auto:3"]
+    lanes = find_lanes(names, 5, 128)
+    digests = {lane.name: digest(lane, tiny) for lane in lanes}
+    assert digests == {lane.name: digest(lane, tiny) for lane in lanes}
+    twins = {"skvq-g64", "skvq-g128"}  # heads are 64 wide: all of them are one group
+    for name, found in digests.items():
+        same = {other for other in digests if digests[other] == found}
+        assert same == {name} or name in same <= twins | {"skvq"}
+    other = {lane.name: digest(lane, tiny) for lane in find_lanes(names, 5, 64)}
+    assert not set(other.values()) & set(digests.values())
+    # At equal bits another profile gives other keys.
+    path = tmp_path / "other.gguf"
+    text = " ".join(f"{i % 89} other hours" for i in range(200))
+    write_profile(
+        path, calibrate(tiny, [("", text)], n_tokens=512, n_ctx=256, sensitivity_chunks=0)
+    )
+    with Model(tiny_path, profile=path) as changed:
+        [_, svdq, nqkv] = find_lanes(["svdq-steps", "nqkv"], 5, 128)
+        assert cost(svdq, changed).bits_k == cost(svdq, tiny).bits_k
+        assert digest(svdq, changed) != digests["svdq-steps"]
+        assert digest(nqkv, changed) == digests["nqkv"]
+
+
+def test_the_core_has_one_digest_on_all_instruction_sets(
+    tiny: Model, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for isa in [*native.isa_available(), "ref"]:
+        monkeypatch.setenv("KVQ_ISA", isa)
+        for kv in ("skvq", "auto", "svdq", "asymkv", "q4_0"):
+            with tiny.session(kv=kv, n_ctx=16) as small, tiny.session(kv=kv, kv_sinks=9) as large:
+                assert small.stats.isa == isa
+                assert small.digest() == large.digest() == found.setdefault(kv, small.digest())
+    assert len(set(found.values())) == len(found)
+    with tiny.session() as session:
+        pass
+    with pytest.raises(ValueError, match="The session was closed"):
+        session.digest()

@@ -20,7 +20,7 @@ SMALL = Options(
     tasks=TASKS,
     n_ctx=256,
     chunks=2,
-    n_batch=64,
+    n_batch=50,
     at=1024,
     prompts=1,
     n_prompt=200,
@@ -107,7 +107,7 @@ def test_finished_work_is_not_done_again_and_schemes_can_be_added(
     after = record.data["results"]["kl"]
     assert {name: after[name] for name in before} == before
     assert [run["command"] for run in record.data["runs"]] == ["first", "second"]
-    assert (after["skvq"]["run"], after["q8_0"]["run"]) == (0, 1)
+    assert (after["skvq"]["runs"], after["q8_0"]["runs"]) == ([0], [1])
     measured.clear()
     evaluate(tiny, text, ["q8_0"], Record(path), of("kl"), command="third")
     assert measured == []
@@ -117,10 +117,14 @@ def test_finished_work_is_not_done_again_and_schemes_can_be_added(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"chunks": 1}, r"out.json holds results for kl chunks 2, but 1 was asked for; name anoth"),
-        ({"n_ctx": 200}, "for cache n_ctx 256, but 200"),
-        ({"kv_window": 64}, "for cache kv_window 128, but 64"),
-        ({"own_setting": True}, "for cache own_setting false, but true"),
+        (
+            {"chunks": 1},
+            r"out.json holds results of --chunks 2, but --chunks 1 was asked for; ask for --chunks"
+            r" 2 to go on with this file, or name another one",
+        ),
+        ({"n_ctx": 200}, "results of -c 256, but -c 200 was"),
+        ({"kv_window": 64}, "results of --kv-window 128, but --kv-window 64 was"),
+        ({"own_setting": True}, "results of --own-setting off, but --own-setting on was"),
     ],
 )
 def test_other_settings_are_refused(
@@ -131,23 +135,130 @@ def test_other_settings_are_refused(
     before = path.read_bytes()
     with pytest.raises(RecordError, match=sentence):
         evaluate(tiny, text, ["skvq"], Record(path), of("kl", **change))
-    with pytest.raises(RecordError, match=r"for text name \"words\", but \"others\""):
+    with pytest.raises(RecordError, match=r"of a text named words, but a text named others was"):
         evaluate(tiny, Text("others", text.text), ["skvq"], Record(path), of("kl"))
     assert path.read_bytes() == before
     # What another task depends on does not concern this one.
     evaluate(tiny, text, ["skvq"], Record(path), of("kl", trials=9, n_tokens=3))
 
 
-def test_a_scheme_whose_format_was_changed_is_refused(
+def test_what_would_be_sealed_in_another_way_now_is_measured_anew(
+    tiny: Model, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.json"
+    names = ["skvq", "auto:2", "q8_0", "rtn-2"]
+    evaluate(tiny, text, names, Record(path), of("kl"), command="first")
+    data = json.loads(path.read_text())
+    n_digests = len({data["schemes"][name]["digest"] for name in names})
+    assert n_digests == len(names)
+    expected = data["results"]["kl"]["skvq"]["ppl"]
+    data["schemes"]["skvq"]["digest"] = "0123456789abcdef"  # as of another codec
+    data["results"]["kl"]["skvq"]["ppl"] = 1.0
+    data["results"]["needle"] = {"skvq": {"found": 1.0}}
+    path.write_text(json.dumps(data))
+    finished: list[str] = []
+    with pytest.warns(UserWarning, match=r"^skvq would be sealed in another way .*out.json was"):
+        evaluate(
+            tiny,
+            text,
+            names,
+            Record(path),
+            of("kl"),
+            command="second",
+            announce=lambda task, scheme, summary: finished.append(scheme),
+        )
+    assert finished == ["skvq"]
+    data = json.loads(path.read_text())
+    assert data["results"]["kl"]["skvq"]["ppl"] == expected
+    assert data["results"]["kl"]["skvq"]["runs"] == [1]
+    assert data["results"]["kl"]["q8_0"]["runs"] == [0]
+    assert "needle" not in data["results"]
+
+    # Parts are dropped too; and until one is measured anew, the file stays as it is.
+    data["unfinished"] = {"chunked": {"skvq": {"0": {"run": 0}}, "q8_0": {"0": {"run": 0}}}}
+    data["schemes"]["skvq"]["digest"] = "0123456789abcdef"
+    path.write_text(json.dumps(data))
+    record = Record(path)
+    assert record.describe_scheme("skvq", {"digest": "x"})
+    assert record.parts("chunked", "skvq") == {}
+    assert record.parts("chunked", "q8_0") == {"0": {"run": 0}}
+    assert not record.describe_scheme("skvq", {"digest": "x"})
+    assert json.loads(path.read_text()) == data
+
+
+def test_results_say_which_runs_have_measured_them(tiny: Model, text: Text, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done > 0.75 * total:  # in the second of two chunks
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        evaluate(tiny, text, ["skvq"], Record(path), of("kl"), command="first", progress=stop)
+    assert json.loads(path.read_text())["unfinished"]["kl"]["skvq"]["0"]["run"] == 0
+    evaluate(tiny, text, ["skvq", "q8_0"], Record(path), of("kl"), command="second")
+    data = json.loads(path.read_text())
+    assert [run["command"] for run in data["runs"]] == ["first", "second"]
+    assert all({"date", "version", "machine", "isa"} < set(run) for run in data["runs"])
+    assert data["results"]["kl"]["skvq"]["runs"] == [0, 1]
+    assert data["results"]["kl"]["q8_0"]["runs"] == [1]
+
+
+def test_who_stops_an_evaluation_is_told_what_is_kept(tmp_path: Path) -> None:
+    record = Record(tmp_path / "out.json")
+    assert record.kept() == f"No part was finished that {record.path} could keep."
+    record.begin_run("a command")
+    for scheme in ("f16", "skvq"):
+        for task, unit in (("kl", "0"), ("needle", "0"), ("needle", "1")):
+            record.add_part(task, scheme, unit, {})
+        record.finish("kl", scheme, {})
+    record.add_part("needle", "q8_0", "0", {})
+    assert record.kept().startswith("No part")  # nothing is on disk yet
+    record.save()
+    assert record.kept() == (
+        f"{record.path} keeps kl of f16, skvq; 2 parts of needle of f16, skvq; 1 part of needle of"
+        " q8_0. The same command goes on from there."
+    )
+    assert "no file was named to keep results" in Record().kept()
+
+
+def test_tasks_that_read_nothing_sealed_are_refused_or_warned_of(
     tiny: Model, text: Text, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.json"
-    evaluate(tiny, text, ["skvq"], Record(path), of("kl"))
-    data = json.loads(path.read_text())
-    data["schemes"]["skvq"]["bits_k"] = 1.5
-    path.write_text(json.dumps(data))
-    with pytest.raises(RecordError, match=r"the scheme skvq with bits_k 1.5, but it has 2\.\d+"):
-        evaluate(tiny, text, ["skvq"], Record(path), of("kl"))
+    with pytest.raises(
+        ValueError,
+        match=r"The task kl reads no token from sealed blocks under any scheme, with sinks \+"
+        r" window of 5 \+ 128 tokens and blocks of 64: .* needs more context \(-c\)",
+    ):
+        evaluate(tiny, text, ["skvq", "q8_0"], Record(path), of("kl", n_ctx=190))
+    assert not path.exists()
+    for task, more, remedy in (
+        ("chunked", {"n_batch": 512}, r"shorter passes \(-b\)"),
+        ("generation", {"n_prompt": 100}, r"longer prompts \(--prompt-tokens\)"),
+        ("needle", {"lengths": (150,)}, r"longer prompts \(--lengths\)"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            evaluate(tiny, text, ["skvq"], Record(), of(task, **more))
+    record = Record()
+    with pytest.warns(
+        UserWarning, match=r"no token from sealed blocks under skvq, .* there say nothing"
+    ):
+        evaluate(
+            tiny, text, ["skvq", "q8_0"], record, of("kl", n_ctx=190, own_setting=True, chunks=1)
+        )
+    found = record.data["results"]["kl"]
+    assert found["skvq"]["sealed"] == 0
+    assert found["skvq"]["mean_kld"] < 1e-5 < found["q8_0"]["mean_kld"]  # rows in another basis
+    assert found["q8_0"]["sealed"] == 1
+    evaluate(tiny, text, ["f16"], Record(), of("kl", n_ctx=64))  # there is nothing to seal
+
+
+def test_fewer_chunks_than_asked_for_are_said(tiny: Model, text: Text) -> None:
+    record = Record()
+    with pytest.warns(UserWarning, match=r"fills 11 chunks of 256 tokens, fewer than the 99 of --"):
+        evaluate(tiny, text, ["f16"], record, of("kl", chunks=99))
+    assert record.data["settings"]["kl"]["chunks"] == 11
 
 
 @pytest.mark.parametrize(
@@ -159,7 +270,7 @@ def test_a_scheme_whose_format_was_changed_is_refused(
         (
             '{"format": 99, "runs": [], "settings": {}, "schemes": {}, "results": {},'
             ' "unfinished": {}}',
-            r"has the format 99, but this version of pykvq reads and writes format 1",
+            r"has the format 99, but this version of pykvq reads and writes format 2",
         ),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from pykvq import Model, SchemeError, UnsupportedError
-from pykvq.eval.streaming import divergence, log_partition
+from pykvq.eval.streaming import divergence, log_partition, sealed_share
 from pykvq.perplexity import perplexity
 
 Array = npt.NDArray[np.float64]
@@ -87,7 +89,7 @@ def test_chunks_and_window_limit_the_work(tiny: Model, random_tokens: list[int])
     assert one.mean_kld is one.top1 is None
     assert told[-1] == ("perplexity", 299, 299)
     [wide] = perplexity(
-        tiny, random_tokens, ["skvq"], n_ctx=300, chunks=1, kld=True, stream=True, kv_window=300
+        tiny, random_tokens, ["skvq"], n_ctx=300, chunks=1, kld=True, stream=True, kv_window=200
     )
     [narrow] = perplexity(
         tiny, random_tokens, ["skvq"], n_ctx=300, chunks=1, kld=True, stream=True, kv_window=0
@@ -144,3 +146,66 @@ def test_what_cannot_be_scored_is_refused(tiny: Model, tiny_qwen2: Model) -> Non
         perplexity(tiny, [1] * 99, ["q3"], n_ctx=50)
     with pytest.raises(UnsupportedError, match="16 wide"):
         perplexity(tiny_qwen2, [1] * 99, ["q4_0"], n_ctx=50)
+
+
+def test_bits_may_stand_behind_the_name(tiny: Model, random_tokens: list[int]) -> None:
+    names = ["auto:1.5", "auto", "skvq"]
+    found = perplexity(tiny, random_tokens, names, n_ctx=300, chunks=1, stream=True, kv_bits=3)
+    assert [r.kv for r in found] == names
+    assert found[0].bits <= 1.5 < found[1].bits <= 3
+    [plain] = perplexity(
+        tiny, random_tokens, ["auto"], n_ctx=300, chunks=1, stream=True, kv_bits=1.5
+    )
+    assert (plain.ppl, plain.bits) == (found[0].ppl, found[0].bits)
+    for kv in (["skvq"], ["f16", "auto:1.5"]):
+        with pytest.raises(ValueError, match=r"kv_bits is 2, but no scheme takes it"):
+            perplexity(tiny, random_tokens, kv, n_ctx=300, kv_bits=2)
+    with pytest.raises(SchemeError, match=r"'skvq:2' gives bits to the KV scheme skvq, whose"):
+        perplexity(tiny, random_tokens, ["skvq:2"], n_ctx=300)
+    with pytest.raises(SchemeError, match=r"'auto:' gives '' to the KV scheme auto, expected a"):
+        perplexity(tiny, random_tokens, ["auto:"], n_ctx=300)
+
+
+@pytest.mark.parametrize("n_batch", [None, 50])
+def test_the_share_that_reads_sealed_blocks_is_what_differs_from_f16(
+    n_batch: int | None, tiny: Model, random_tokens: list[int]
+) -> None:
+    n_ctx, first, sinks, window = 300, 20, 3, 70
+    logits = []
+    for kv in ("f16", "q4_0"):  # q4_0 has no basis, and keeps the same rows in f16
+        with tiny.session(
+            kv=kv, n_ctx=n_ctx, n_batch=n_batch, kv_sinks=sinks, kv_window=window
+        ) as session:
+            if n_batch is None:
+                rows = np.concatenate([session.eval([t]) for t in random_tokens[: n_ctx - 1]])
+            else:
+                rows = session.eval(random_tokens[: n_ctx - 1], "all")
+        logits.append(rows[first:])
+    differ = (logits[0] != logits[1]).any(axis=1)
+    assert 0 < differ.mean() < 1
+    assert sealed_share(n_ctx, first, sinks, window, n_batch) == pytest.approx(differ.mean())
+
+
+def test_chunks_that_no_scheme_seals_are_refused(tiny: Model, random_tokens: list[int]) -> None:
+    most = 5 + 128 + 64 + 1  # sinks, window, a block; the last token is only predicted
+    with pytest.raises(ValueError, match=rf"Chunks of {most} tokens .* more than {most} tokens"):
+        perplexity(tiny, random_tokens, ["f16", "skvq"], n_ctx=most, stream=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [result] = perplexity(tiny, random_tokens, ["skvq"], n_ctx=most + 1, stream=True)
+        [exact] = perplexity(tiny, random_tokens, ["f16"], n_ctx=64)
+    assert 0 < result.sealed < 0.05
+    assert exact.ppl > 1
+    with pytest.warns(UserWarning, match="No scored position reads a sealed block under skvq: the"):
+        perplexity(tiny, random_tokens, ["skvq", "q8_0"], n_ctx=most, chunks=1, stream=True)
+    with pytest.warns(UserWarning, match="at all: 0 % under skvq; streaming"):
+        [result] = perplexity(tiny, random_tokens, ["skvq"], n_ctx=300, chunks=1)
+    assert result.sealed == 0
+
+
+def test_fewer_chunks_than_asked_for_are_said(tiny: Model, random_tokens: list[int]) -> None:
+    with pytest.warns(UserWarning, match=r"fills 3 chunks of 300 tokens, fewer than the 9 of --ch"):
+        perplexity(tiny, random_tokens, ["f16"], n_ctx=300, chunks=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        perplexity(tiny, random_tokens, ["f16"], n_ctx=300, chunks=3)

@@ -133,7 +133,11 @@ DAMAGE: dict[str, tuple[Callable[[Parts], None], type[Exception], str]] = {
         r'is no KV profile: its architecture is "llama"',
     ),
     "no tensor": (leave_out("blk.1.k_order"), ModelError, r"tensor blk.1.k_order is missing"),
-    "no clips": (leave_out("kvq.v_clip"), ModelError, r"tensor kvq.v_clip is missing"),
+    "no sensitivities": (
+        leave_out("kvq.k_sensitivity"),
+        ModelError,
+        r"tensor kvq.k_sensitivity is missing",
+    ),
     "wrong shape": (
         change("blk.0.k_mean", lambda a: a[:, :32].copy()),
         ModelError,
@@ -198,11 +202,6 @@ DAMAGE: dict[str, tuple[Callable[[Parts], None], type[Exception], str]] = {
         put("kvq.v_sensitivity", (1, 1), -1),
         ModelError,
         r"tensor kvq.v_sensitivity holds -1, expected 0 to 1e\+15",
-    ),
-    "clip of nothing": (
-        put("kvq.k_clip", 1, 0),
-        ModelError,
-        r"tensor kvq.k_clip holds 0, expected 0.1 to 10",
     ),
 }
 

@@ -49,12 +49,13 @@ static void c8_choose(uint8_t *code, const float *x, int d, float scale, const c
 }
 
 /* The scale that fits x[d] best: from its root mean square, two rounds of (codes for the scale,
- * least-squares scale for the codes). */
-static float c8_fit_scale(const float *x, int d, const c8_points *points) {
+ * least-squares scale for the codes); and what it is stretched by. */
+static float c8_fit_scale(float *stretch, const float *x, int d, const c8_points *points) {
     float power = 0;
     uint8_t code[KVQ_D_MAX / 2];
     for (int c = 0; c < d; c++) power += x[c] * x[c];
     float scale = sqrtf(power / (float)d);
+    *stretch = 1.0f;
     for (int round = 0; round < 2 && scale > 0; round++) {
         float xy = 0, yy = 0;
         c8_choose(code, x, d, scale, points);
@@ -65,6 +66,7 @@ static float c8_fit_scale(const float *x, int d, const c8_points *points) {
             yy += px * px + py * py;
         }
         scale = xy / yy;
+        *stretch = kvq_stretch(power, xy, yy, KVQ_STRETCH_VALUES);
     }
     return scale;
 }
@@ -96,10 +98,13 @@ void kvq_encode_c8(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh)
     const c8_points points = c8_make_points();
     uint8_t *const words = block + kvq_c8_words(sh);
     float x[KVQ_BLOCK][KVQ_D_MAX], scale[KVQ_D_MAX / 32 * KVQ_BLOCK];
+    float stretch[KVQ_D_MAX / 32 * KVQ_BLOCK];
     for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int c = 0; c < d; c++) x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
         for (int g = 0; g < groups; g++) {
-            scale[g * KVQ_BLOCK + t] = sh->clip * c8_fit_scale(x[t] + g * width, width, &points);
+            const int at = g * KVQ_BLOCK + t;
+            scale[at] = c8_fit_scale(&stretch[at], x[t] + g * width, width, &points);
+            scale[at] *= stretch[at];
         }
     }
     memset(block, 0, kvq_c8_bytes(sh));
@@ -107,7 +112,8 @@ void kvq_encode_c8(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh)
     for (int t = 0; t < KVQ_BLOCK; t++) {
         uint8_t code[KVQ_D_MAX / 2];
         for (int g = 0; g < groups; g++) {
-            c8_choose(code + g * width / 2, x[t] + g * width, width, scale[g * KVQ_BLOCK + t],
+            const int at = g * KVQ_BLOCK + t;
+            c8_choose(code + g * width / 2, x[t] + g * width, width, scale[at] / stretch[at],
                       &points);
         }
         for (int pair = 0; pair < d / 2; pair++) c8_put(words + c8_pair_at(pair), t, code[pair]);

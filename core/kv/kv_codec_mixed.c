@@ -42,23 +42,28 @@ static int get(const uint8_t *units, int n_units, int t, place p, int bits) {
 }
 
 /* The step with which `half` levels to either side of 0 fit x[KVQ_BLOCK] best, of a few around the
- * one for normal data: channels differ in how heavy their tails are. */
-static float fit_step(const float *x, float step, int half) {
+ * one for normal data: channels differ in how heavy their tails are. And what it is stretched by:
+ * to the least-squares step for these codes, and beyond. */
+static float fit_step(float *stretch, const float *x, float step, int half) {
     static const float factors[] = {0.7f, 0.85f, 1.0f, 1.2f, 1.5f, 2.0f};
     float power = 0, best = 0, least = INFINITY;
+    *stretch = 1.0f;
     for (int t = 0; t < KVQ_BLOCK; t++) power += x[t] * x[t];
     for (size_t i = 0; i < sizeof factors / sizeof *factors; i++) {
         const float s = factors[i] * step * sqrtf(power / KVQ_BLOCK);
         const float inverse = kvq_inverse_or_zero(s), middle = (float)half - 0.5f;
-        float error = 0;
+        float xy = 0, yy = 0;
         for (int t = 0; t < KVQ_BLOCK; t++) {
             const int code = kvq_clamped(x[t] * inverse + (float)half, 0, 2 * half - 1);
-            const float off = x[t] - s * ((float)code - middle);
-            error += off * off;
+            const float y = (float)code - middle;
+            xy += x[t] * y;
+            yy += y * y;
         }
-        if (error < least) {
+        const float error = s * (s * yy - 2.0f * xy); /* without x * x, the same for all */
+        if (error < least && s > 0) {
             least = error;
             best = s;
+            *stretch = fmaxf(xy / yy / s, 0.1f) * kvq_stretch(power, xy, yy, KVQ_STRETCH_KEYS);
         }
     }
     return best;
@@ -69,6 +74,7 @@ void kvq_encode_mixed(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *
     uint8_t *const scales = block + KVQ_MIXED_HEADER + d, *const units =
                                                               block + kvq_mixed_units_at(sh);
     float x[KVQ_D_MAX][KVQ_BLOCK], mean[KVQ_D_MAX] = {0}, step[KVQ_D_MAX];
+    float stretch[KVQ_D_MAX];
     memset(block, 0, kvq_mixed_bytes(sh));
     for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int c = 0; c < d; c++) {
@@ -82,12 +88,13 @@ void kvq_encode_mixed(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *
         const int n = sh->run[run], bits = widths[run], half = (1 << bits) / 2;
         for (int c = first; c < first + n; c++) {
             for (int t = 0; t < KVQ_BLOCK; t++) x[c][t] -= mean[c];
-            step[c] = fit_step(x[c], steps[run], half);
+            step[c] = fit_step(&stretch[c], x[c], steps[run], half);
+            step[c] *= stretch[c];
         }
         kvq_store_scales(block + 2 + 2 * run, scales + first, step + first, n);
         for (int c = first; c < first + n; c++) {
             const int i = c - first;
-            const float inverse = kvq_inverse_or_zero(step[c]);
+            const float inverse = stretch[c] * kvq_inverse_or_zero(step[c]);
             for (int t = 0; t < KVQ_BLOCK; t++) {
                 const int code = kvq_clamped(x[c][t] * inverse + (float)half, 0, 2 * half - 1);
                 if (bits == 8) {

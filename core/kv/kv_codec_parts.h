@@ -28,6 +28,25 @@ static inline int kvq_clamped(float x, int lo, int hi) {
     return x > (float)lo ? (x < (float)hi ? (int)x : hi) : lo;
 }
 
+/* What levels fitted by least squares are stretched by, from the sums of x * x, x * y and y * y
+ * over numbers x and levels y.
+ *
+ * Least squares make what is read back too short: along x it is 1 - D of x, where D is the relative
+ * error. Attention averages over many tokens, in which the rest of the error cancels out and this
+ * does not. Undone whole (`part` 1), <x, read back> = <x, x>: the estimate has no bias, as in
+ * RaBitQ (arXiv 2405.12497, section 3). Codes are chosen before, for the scales that fit best. */
+static inline float kvq_stretch(float xx, float xy, float yy, float part) {
+    const float kept = xx > 0 && yy > 0 ? xy * xy / (xx * yy) : 1.0f; /* 1 - D */
+    const float left = 1.0f - part * (1.0f - kept);
+    return left > 0.25f ? 1.0f / left : 4.0f;
+}
+
+/* How much of it is undone. Values: all, since weights average them. Keys: half, since what noise
+ * adds to a logit raises its weight on average (E[e^x] > e^E[x]), as the whole would. Measured:
+ * docs/kv-schemes.md. */
+#define KVQ_STRETCH_KEYS 0.5f
+#define KVQ_STRETCH_VALUES 1.0f
+
 static inline float kvq_inverse_or_zero(float x) { return x > 0 ? 1.0f / x : 0.0f; }
 
 /* Sums over a row in 16 partial sums: a fixed order that compilers can vectorize. */

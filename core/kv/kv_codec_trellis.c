@@ -143,8 +143,9 @@ static void encode(uint8_t *block, const uint16_t *rows, int d, const int8_t lev
             }
         }
     }
-    for (int t = 0; t < KVQ_BLOCK; t++) { /* the scale that fits the levels chosen */
-        scale[t] = yy[t] > 0 ? fmaxf(scale[t] * (xy[t] / yy[t]), 0.0f) : 0.0f;
+    for (int t = 0; t < KVQ_BLOCK; t++) { /* the scale that fits the levels chosen, stretched */
+        const float stretch = kvq_stretch((float)d, xy[t], yy[t], KVQ_STRETCH_VALUES);
+        scale[t] = yy[t] > 0 ? fmaxf(scale[t] * (xy[t] / yy[t]) * stretch, 0.0f) : 0.0f;
     }
     kvq_store_scales(block, block + 4, scale, KVQ_BLOCK);
 }

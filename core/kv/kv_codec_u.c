@@ -95,6 +95,29 @@ static void refine(u_scales a, float *b, const u_rows x, const kvq_kv_shape *sh,
     }
 }
 
+/* What the scales of tokens are stretched by. */
+static void find_stretch(u_scales stretch, const u_scales a, const float *b, const u_rows x,
+                         const kvq_kv_shape *sh, float levels) {
+    const int width = sh->group, groups = kvq_groups(sh);
+    float inverse[KVQ_D_MAX];
+    for (int c = 0; c < sh->d; c++) inverse[c] = kvq_inverse_or_zero(b[c]);
+    for (int i = 0; i < groups * KVQ_BLOCK; i++) {
+        const int t = i % KVQ_BLOCK, first = i / KVQ_BLOCK * width;
+        const float over_a = kvq_inverse_or_zero(a[i]);
+        kvq_partial_sums xx = {{0}}, xy = {{0}}, yy = {{0}};
+        for (int c = first; c < first + width; c += 16) {
+            for (int k = 0; k < 16; k++) {
+                const float z = x[t][c + k];
+                const float y = b[c + k] * level_of(z * over_a * inverse[c + k], levels);
+                xx.of[k] += z * z;
+                xy.of[k] += z * y;
+                yy.of[k] += y * y;
+            }
+        }
+        stretch[i] = kvq_stretch(kvq_total(&xx), kvq_total(&xy), kvq_total(&yy), KVQ_STRETCH_KEYS);
+    }
+}
+
 /* Subtracts from x the block's mean, as stored. */
 static void take_mean(uint8_t *half, uint8_t *means, u_rows x, int d) {
     float mean[KVQ_D_MAX] = {0};
@@ -125,7 +148,7 @@ static void encode(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh,
     const int d = sh->d, groups = kvq_groups(sh), words = kvq_u_words(sh, bits);
     const float levels = (float)(1 << bits), middle = 0.5f * (levels - 1.0f);
     u_rows x;
-    u_scales a;
+    u_scales a, stretch;
     float b[KVQ_D_MAX];
     uint8_t *const means = block + kvq_u_means(sh), *const channels = means + d;
     uint8_t *const codes = channels + d;
@@ -137,13 +160,15 @@ static void encode(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh,
     balance(a, b, x, sh);
     for (int i = 0; i < groups * KVQ_BLOCK; i++) a[i] *= step;
     for (int round = 0; round < ROUNDS; round++) refine(a, b, x, sh, levels);
-    for (int i = 0; i < groups * KVQ_BLOCK; i++) a[i] *= sh->clip;
+    find_stretch(stretch, a, b, x, sh, levels);
+    for (int i = 0; i < groups * KVQ_BLOCK; i++) a[i] *= stretch[i];
     kvq_store_scales(block + 2, block + KVQ_U_SCALES, a, groups * KVQ_BLOCK);
     kvq_store_scales(block + 4, channels, b, d);
     for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int c = 0; c < d; c++) {
-            const float scale = a[c / sh->group * KVQ_BLOCK + t] * b[c];
-            const float level = level_of(x[t][c] * kvq_inverse_or_zero(scale), levels);
+            const int at = c / sh->group * KVQ_BLOCK + t;
+            const float inverse = stretch[at] * kvq_inverse_or_zero(a[at] * b[c]);
+            const float level = level_of(x[t][c] * inverse, levels);
             const place p = place_of(t, c, words, bits);
             codes[p.byte] |= (uint8_t)((int)(level + middle) << p.shift);
         }

@@ -24,15 +24,12 @@ typedef struct kvq_kv_shape {
      * of the head may be part empty). */
     int run[KVQ_RUNS];
     /* u1, u2, u4, c8: how many channels in a row share a token's scale: d, or a multiple of 32 that
-     * divides d; and a factor on these scales, for it may pay to cut off the largest values. */
+     * divides d. */
     int group;
-    float clip;
 } kvq_kv_shape;
 
-/* One group, no clipping, no runs. */
-static inline kvq_kv_shape kvq_plain_shape(int d) {
-    return (kvq_kv_shape){.d = d, .group = d, .clip = 1.0f};
-}
+/* One group, no runs. */
+static inline kvq_kv_shape kvq_plain_shape(int d) { return (kvq_kv_shape){.d = d, .group = d}; }
 
 /* clang-format off */
 /* f16: half rows[64][d]

@@ -351,8 +351,6 @@ static void lay_out(kvq_profile *p, kvq_arena *arena) {
     p->importance = kvq_arena_take(arena, heads * d * sizeof(float));
     p->k_sensitivity = kvq_arena_take(arena, layers * sizeof(float));
     p->v_sensitivity = kvq_arena_take(arena, heads * sizeof(float));
-    p->k_clip = kvq_arena_take(arena, layers * sizeof(float));
-    p->v_clip = kvq_arena_take(arena, layers * sizeof(float));
     p->order = kvq_arena_take(arena, heads * d * sizeof(uint16_t));
 }
 
@@ -378,11 +376,8 @@ static kvq_status read_all(const reader *r) {
     if (status != KVQ_OK) return status;
     status = read_numbers(r, "kvq.k_sensitivity", p->k_sensitivity, 1, n, n, 0, largest_weight);
     if (status != KVQ_OK) return status;
-    status = read_numbers(r, "kvq.v_sensitivity", p->v_sensitivity, n, p->n_heads, p->n_heads, 0,
-                          largest_weight);
-    if (status != KVQ_OK) return status;
-    status = read_numbers(r, "kvq.k_clip", p->k_clip, 1, n, n, 0.1f, 10);
-    return status != KVQ_OK ? status : read_numbers(r, "kvq.v_clip", p->v_clip, 1, n, n, 0.1f, 10);
+    return read_numbers(r, "kvq.v_sensitivity", p->v_sensitivity, n, p->n_heads, p->n_heads, 0,
+                        largest_weight);
 }
 
 kvq_status kvq_profile_read(kvq_profile **out, const kvq_model *model, const kvq_gguf *file) {

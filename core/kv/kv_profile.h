@@ -20,11 +20,10 @@ struct kvq_profile {
     float *wave_u, *wave_w;     /* [KVQ_WAVES][d] (kv_wave.h) */
     uint16_t *wave_pair;        /* [KVQ_WAVES] */
     uint8_t *n_waves;           /* pairs in use */
-    float *importance;      /* [d] squared logit error if a latent channel is dropped, descending */
-    float *k_sensitivity;   /* [n_layers] divergence per squared logit error */
-    float *v_sensitivity;   /* divergence if the values' relative error were 1 */
-    uint16_t *order;        /* [d] channels in SKVQ's order */
-    float *k_clip, *v_clip; /* [n_layers] */
+    float *importance;    /* [d] squared logit error if a latent channel is dropped, descending */
+    float *k_sensitivity; /* [n_layers] divergence per squared logit error */
+    float *v_sensitivity; /* divergence if the values' relative error were 1 */
+    uint16_t *order;      /* [d] channels in SKVQ's order */
 };
 
 /* As kvq_profile_open, from a file that is open; it may be closed afterwards. */

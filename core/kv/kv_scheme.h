@@ -34,7 +34,7 @@ typedef struct kvq_scheme {
 
 /* What asymkv stores the layers in that have less than the row's codecs. */
 #define KVQ_ASYMKV_LESS_K KVQ_CODEC_u1
-#define KVQ_ASYMKV_LESS_V KVQ_CODEC_n1
+#define KVQ_ASYMKV_LESS_V KVQ_CODEC_t1
 
 /* NULL name: "skvq". An unknown name is an error that lists the known ones. */
 kvq_status kvq_scheme_find(const kvq_scheme **out, const char *name);

@@ -13,19 +13,23 @@ counted in the bits.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pykvq.eval.lanes import cost, find_lanes
-from pykvq.eval.options import Options
+from pykvq import native
+from pykvq.eval.lanes import cost, digest, find_lanes
+from pykvq.eval.options import FLAGS, Options
 from pykvq.eval.record import file_facts, text_facts
+from pykvq.eval.streaming import few_chunks
 from pykvq.eval.tasks import run_task
 from pykvq.eval.tasks_generation import GenerationTask
 from pykvq.eval.tasks_recall import NeedleTask, RetrievalTask
 from pykvq.eval.tasks_text import ChunkedTask, KlTask
+from pykvq.perplexity import REFERENCE
 
 if TYPE_CHECKING:
     from pykvq.eval.lanes import Cost, Lane
@@ -130,14 +134,30 @@ def evaluate(
         )
     ids = np.array(model.tokenizer.encode(text.text), np.int32)
     tasks = [TASKS[name](model, ids, o) for name in dict.fromkeys(o.tasks)]
+    for task in tasks:
+        _require_sealing(task, lanes)
+    few = [task for task in tasks if isinstance(task, KlTask) and len(task.units()) < o.chunks]
+    if few:
+        warnings.warn(few_chunks(len(few[0].units()), o.n_ctx, o.chunks), stacklevel=2)
 
     _bind(record, model, text, o, tasks)
     if calibration is not None and any(lane.needs_moments for lane in lanes):
         tokens = {"tokens": o.calibration_tokens}
-        record.bind("calibration", {**text_facts(calibration.name, calibration.text), **tokens})
+        facts = {**text_facts(calibration.name, calibration.text), **tokens}
+        record.bind("calibration", facts, _words("calibration text", tokens="--calibration-tokens"))
     record.begin_run(command)
-    for lane in lanes:
-        record.describe_scheme(lane.name, _scheme_facts(lane, costs[lane.name], model, o))
+    changed = [
+        lane.name
+        for lane in lanes
+        if record.describe_scheme(lane.name, _scheme_facts(lane, costs[lane.name], model, o))
+    ]
+    if changed:
+        warnings.warn(
+            f"{_listed(changed)} would be sealed in another way now than when"
+            f" {record.path or 'the record'} was made (another version or profile): what it holds"
+            " of that does not count any more, and is measured anew.",
+            stacklevel=2,
+        )
 
     @functools.lru_cache(maxsize=1)
     def moments() -> Moments:
@@ -161,11 +181,41 @@ def evaluate(
     record.save()  # what schemes are, where no work was left
 
 
+def _require_sealing(task: Task, lanes: Sequence[Lane]) -> None:
+    """Requires that a task reads what schemes have sealed; warns where it does so under some only.
+
+    Raises:
+        ValueError: It reads nothing of it under any.
+    """
+    lossy = [lane for lane in lanes if lane.name != REFERENCE]
+    unread = [lane for lane in lossy if task.sealed_share(lane.sinks, lane.window) == 0]
+    if not unread:
+        return
+    kept = " or ".join(dict.fromkeys(f"{lane.sinks} + {lane.window}" for lane in unread))
+    under = "any scheme" if unread == lossy else _listed([lane.name for lane in unread])
+    sentence = (
+        f"The task {task.name} reads no token from sealed blocks under {under}, with sinks + window"
+        f" of {kept} tokens and blocks of {native.block_tokens()}"
+    )
+    if unread == lossy:
+        raise ValueError(
+            f"{sentence}: there is nothing to measure. It needs {task.remedy}, or fewer tokens in"
+            " f16 (--kv-sinks, --kv-window)."
+        )
+    warnings.warn(f"{sentence}: its results there say nothing.", stacklevel=3)
+
+
+def _words(what: str, **more: str) -> dict[str, str]:
+    """What to call the facts about a file or a text."""
+    facts = {"name": "named", "file": "in the file", "bytes": "of bytes", "sha256": "with SHA-256"}
+    return {**{key: f"a {what} {word}" for key, word in facts.items()}, **more}
+
+
 def _bind(record: Record, model: Model, text: Text, o: Options, tasks: Sequence[Task]) -> None:
     """Ties the record to everything that results depend on."""
     info = model.info
-    record.bind("model", {"name": info.name, **file_facts(info.path)})
-    record.bind("text", text_facts(text.name, text.text))
+    record.bind("model", {"name": info.name, **file_facts(info.path)}, _words("model"))
+    record.bind("text", text_facts(text.name, text.text), _words("text"))
     record.bind(
         "cache",
         {
@@ -175,9 +225,10 @@ def _bind(record: Record, model: Model, text: Text, o: Options, tasks: Sequence[
             "n_ctx": o.n_ctx,
             "at": o.at,
         },
+        FLAGS,
     )
     for task in tasks:
-        record.bind(task.name, task.settings())
+        record.bind(task.name, task.settings(), FLAGS)
 
 
 def _scheme_facts(lane: Lane, c: Cost, model: Model, o: Options) -> Json:
@@ -185,6 +236,7 @@ def _scheme_facts(lane: Lane, c: Cost, model: Model, o: Options) -> Json:
     info = model.info
     profile = model.profile_path if lane.profile else None
     return {
+        "digest": digest(lane, model),
         "profile": None if profile is None else file_facts(profile),
         "summary": lane.summary,
         "source": lane.source,

@@ -5,6 +5,7 @@ Owns how a name becomes a session, and what the scheme costs in bits. Knows no t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from pykvq import native
 from pykvq.closing import Closing
 from pykvq.errors import KvqError, SchemeError
 from pykvq.eval.simulations import SIMULATIONS
+from pykvq.eval.streaming import sealed_tokens
+from pykvq.kv_names import parse_kv
 from pykvq.perplexity import REFERENCE
 
 if TYPE_CHECKING:
@@ -97,20 +100,16 @@ def find_lanes(
     Raises:
         SchemeError: A name is not known.
     """
-    running = {scheme.name: scheme for scheme in native.schemes()}
+    running = {scheme.name for scheme in native.schemes()}
     lanes = []
     for name in dict.fromkeys([REFERENCE, *names]):
-        plain, _, budget = name.partition(":")
-        if plain in running:
-            scheme = running[plain]
-            bits = _budget(name, budget, scheme.has_budget)
-            used = scheme.profile != "none"
-            lane = Lane(
-                name, plain, bits, used, scheme.summary, "pykvq", None, scheme.sinks, scheme.window
-            )
-        elif name in SIMULATIONS:
+        if name in SIMULATIONS:
             s = SIMULATIONS[name]
             lane = Lane(name, REFERENCE, None, False, s.summary, s.source, s, s.sinks, s.window)
+        elif name.partition(":")[0] in running:
+            t, bits = parse_kv(name)
+            used = t.profile != "none"
+            lane = Lane(name, t.name, bits, used, t.summary, "pykvq", None, t.sinks, t.window)
         else:
             raise SchemeError(
                 f"The KV scheme {name!r} is unknown; known are: {', '.join(known_names())}."
@@ -119,17 +118,6 @@ def find_lanes(
             lane = replace(lane, sinks=sinks, window=window)
         lanes.append(lane)
     return lanes
-
-
-def _budget(name: str, budget: str, has_budget: bool) -> float | None:
-    if not budget:
-        return None
-    if not has_budget:
-        raise SchemeError(f"{name}: the bits of this KV scheme are fixed.")
-    try:
-        return float(budget)
-    except ValueError:
-        raise SchemeError(f"{name}: {budget!r} is not a number of bits.") from None
 
 
 # ---- what a scheme costs --------------------------------------------------------------------
@@ -163,8 +151,7 @@ class Cost:
 
         Beside sinks and window these are the tokens that wait until their block is full.
         """
-        block = native.block_tokens()
-        return n - max(0, n - self.sinks - self.window) // block * block
+        return n - sealed_tokens(n, self.sinks, self.window)
 
     def bits_effective(self, info: ModelInfo, n: int) -> float:
         """Bits per element of a cache that holds n tokens, everything counted.
@@ -186,7 +173,7 @@ class Cost:
         block = native.block_tokens()
         sinks = min(self.sinks, n)
         recent = -(-(min(self.window, n - sinks) + block) // block) * block
-        sealed = max(0, n - sinks - self.window) // block * block
+        sealed = sealed_tokens(n, sinks, self.window)
         bits = _BITS_F16 * (sinks + recent) + self.bits_sealed * sealed
         return round(bits * elements_per_token(info) / 8) + self.bytes_tables
 
@@ -209,6 +196,22 @@ def cost(lane: Lane, model: Model) -> Cost:
     with model.session(kv=lane.scheme, kv_bits=lane.bits, n_ctx=1, n_batch=1) as session:
         s = session.stats
         return Cost(s.bits_sealed_k, s.bits_sealed_v, s.bytes_tables, lane.sinks, lane.window)
+
+
+def digest(lane: Lane, model: Model) -> str:
+    """What tells whether results of a lane still hold: as long as it is the same, they do.
+
+    Of a scheme of the core it is made from what sealed blocks read back as, bits and profile
+    included; of a simulation from its parameters. To both, sinks and window are added.
+    """
+    if lane.simulation is not None:
+        nameless = replace(lane.simulation, name="", summary="", source="", sinks=0, window=0)
+        sealing = repr(nameless)
+    else:
+        with model.session(kv=lane.scheme, kv_bits=lane.bits, n_ctx=1, n_batch=1) as session:
+            sealing = f"{session.digest():016x}"
+    decides = f"{sealing}, {lane.sinks} + {lane.window}"
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 # ---- sessions -------------------------------------------------------------------------------

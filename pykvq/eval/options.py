@@ -5,13 +5,31 @@ Imports nothing heavy: the command line reads the defaults from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pykvq.checks import SESSION_RANGES, whole_number
 
 #: The names of the tasks.
 TASKS = ("kl", "chunked", "generation", "needle", "retrieval")
+
+#: How the command line spells what a record depends on, by the names of `Options` and of tasks.
+FLAGS: Mapping[str, str] = {
+    "n_ctx": "-c",
+    "chunks": "--chunks",
+    "n_batch": "-b",
+    "at": "--at",
+    "kv_sinks": "--kv-sinks",
+    "kv_window": "--kv-window",
+    "own_setting": "--own-setting",
+    "prompts": "--prompts",
+    "n_prompt": "--prompt-tokens",
+    "n_tokens": "--predict",
+    "lengths": "--lengths",
+    "depths": "--depths",
+    "trials": "--trials",
+    "seed": "--seed",
+}
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,12 @@ task: their parts and summaries are plain JSON values.
 
 A record is about one model and one text. A task's work on a scheme is done in parts (a chunk, a
 prompt), each of which is kept under "unfinished" until the last one is there; then the summary
-takes their place under "results". Tasks and schemes can be added to a record by later runs; what
-was measured under other settings cannot, and is refused.
+takes their place under "results". Each names the runs that measured it. Tasks and schemes can be
+added to a record by later runs; what was measured under other settings cannot, and is refused.
+
+Results hold as long as the digest of their scheme does. Those of a scheme that has another one now
+(its codec or the model's profile was changed) are dropped and measured anew: nobody can ask for the
+old ones any more, and the others of the record, which may be hours of work, still hold.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from pykvq import native
 from pykvq.errors import KvqError
 
 #: The layout of the file; raised when older code would misread a newer file.
-FORMAT = 1
+FORMAT = 2
 
 Json = dict[str, Any]
 
@@ -89,12 +93,13 @@ class Record:
 
     # ---- settings -----------------------------------------------------------------------
 
-    def bind(self, group: str, settings: Mapping[str, Any]) -> None:
+    def bind(self, group: str, settings: Mapping[str, Any], words: Mapping[str, str]) -> None:
         """States what results depend on.
 
         Args:
             group: What it concerns: "model", "text", a task.
             settings: Plain JSON values by name.
+            words: What users call them, by name: "--chunks", "a text named".
 
         Raises:
             RecordError: The record holds results under another value.
@@ -103,10 +108,12 @@ class Record:
         held = self._data["settings"].setdefault(group, given)
         for name in dict.fromkeys([*held, *given]):
             if held.get(name) != given.get(name):
+                word = words.get(name, name)
+                before, now = (f"{word} {_shown(x.get(name))}" for x in (held, given))
                 raise RecordError(
-                    f"{self.path or 'The record'} holds results for {group} {name}"
-                    f" {_shown(held.get(name))}, but {_shown(given.get(name))} was asked for; name"
-                    " another file, or delete this one."
+                    f"{self.path or 'The record'} holds results of {before}, but {now} was asked"
+                    f" for; ask for {before} to go on with this file, or name another one to begin"
+                    " anew."
                 )
 
     def begin_run(self, command: str) -> None:
@@ -119,22 +126,28 @@ class Record:
             "version": native.version(),
         }
 
-    def describe_scheme(self, name: str, facts: Mapping[str, Any]) -> None:
+    def describe_scheme(self, name: str, facts: Mapping[str, Any]) -> bool:
         """States what a scheme is and stores.
 
-        Raises:
-            RecordError: The record holds results of a scheme of this name that stores something
-                else: its format was changed since.
+        Args:
+            name: Its name.
+            facts: Plain JSON values; "digest" changes whenever results do not hold any more.
+
+        Returns:
+            Whether the record had results or parts of it that do not hold, and dropped them. The
+            file has them until there is something new to save.
         """
-        held = self._data["schemes"].setdefault(name, {})
-        for key in ("profile", "bits_k", "bits_v", "bytes_tables", "sinks", "window"):
-            if key in held and held[key] != facts[key]:
-                raise RecordError(
-                    f"{self.path or 'The record'} holds results of the scheme {name} with {key}"
-                    f" {_shown(held[key])}, but it has {_shown(facts[key])} now; name another file,"
-                    " or delete this one."
-                )
-        held.update(facts)
+        held = self._data["schemes"].get(name)
+        dropped = False
+        if held is not None and held.get("digest") != facts["digest"]:
+            for kind in ("results", "unfinished"):
+                by_task = self._data[kind]
+                for task in list(by_task):
+                    dropped |= by_task[task].pop(name, None) is not None
+                    if not by_task[task]:
+                        del by_task[task]
+        self._data["schemes"][name] = dict(facts)
+        return dropped
 
     # ---- results ------------------------------------------------------------------------
 
@@ -144,22 +157,23 @@ class Record:
         return found
 
     def parts(self, task: str, scheme: str) -> dict[str, Json]:
-        """The parts of unfinished work that are there, by unit."""
+        """The parts of unfinished work that are there, by unit, each with the "run" it is of."""
         found: dict[str, Json] = self._data["unfinished"].get(task, {}).get(scheme, {})
         return found
 
     def add_part(self, task: str, scheme: str, unit: str, part: Mapping[str, Any]) -> None:
         """Keeps a part; `save` writes it."""
-        schemes = self._data["unfinished"].setdefault(task, {})
-        schemes.setdefault(scheme, {})[unit] = dict(part)
-
-    def finish(self, task: str, scheme: str, summary: Mapping[str, Any]) -> None:
-        """Puts the summary in the place of the parts; `save` writes it."""
         runs = self._data["runs"]
         if self._run not in runs:
             runs.append(self._run)
+        schemes = self._data["unfinished"].setdefault(task, {})
+        schemes.setdefault(scheme, {})[unit] = {**part, "run": runs.index(self._run)}
+
+    def finish(self, task: str, scheme: str, summary: Mapping[str, Any]) -> None:
+        """Puts the summary, with the runs that measured it, in the place of the parts."""
+        measured = sorted({part["run"] for part in self.parts(task, scheme).values()})
         results = self._data["results"].setdefault(task, {})
-        results[scheme] = {**summary, "run": runs.index(self._run)}
+        results[scheme] = {**summary, "runs": measured}
         unfinished = self._data["unfinished"]
         unfinished.get(task, {}).pop(scheme, None)
         if not unfinished.get(task, True):
@@ -170,11 +184,25 @@ class Record:
         """All of it, as it is written, without what is unfinished."""
         return {key: value for key, value in self._data.items() if key != "unfinished"}
 
+    def kept(self) -> str:
+        """A sentence or two for someone who stopped the evaluation: what is on disk, what now."""
+        if self.path is None:
+            return "Nothing was written: no file was named to keep results as they come (-o)."
+        data = self._read(self.path) if self.path.exists() else {"results": {}, "unfinished": {}}
+        done = [f"{task} of {', '.join(found)}" for task, found in data["results"].items()]
+        done += [
+            f"{len(parts)} part{'s' if len(parts) > 1 else ''} of {task} of {', '.join(schemes)}"
+            for task, by_scheme in data["unfinished"].items()
+            for parts, schemes in _by_parts(by_scheme)
+        ]
+        if not done:
+            return f"No part was finished that {self.path} could keep."
+        return f"{self.path} keeps {'; '.join(done)}. The same command goes on from there."
+
     def save(self) -> None:
         """Writes the file, so that at any time there is either the old or the new one."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             fresh.write_text(
@@ -186,8 +214,21 @@ class Record:
                 fresh.unlink()
 
 
+def _by_parts(by_scheme: Mapping[str, Json]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """The parts that schemes have, each set of them once, with the schemes that have it."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for scheme, parts in by_scheme.items():
+        groups.setdefault(tuple(parts), []).append(scheme)
+    return list(groups.items())
+
+
 def _shown(value: object) -> str:
-    return "nothing" if value is None else json.dumps(value)
+    """A value as one would write it behind its option."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
 
 
 # ---- arrays in parts ------------------------------------------------------------------------

@@ -39,6 +39,9 @@ def _thirds(show: _Show) -> _Show:
     return lambda values: " ".join((show(values[0]), "..", show(values[-1])))
 
 
+#: How much of what is scored has read sealed blocks: where little has, little can be lost.
+_SEALED = ("sealed read %", "sealed", _percent)
+
 #: Columns of a task's table: heading, key in the summary, how to show it.
 _COLUMNS: Mapping[str, Sequence[tuple[str, str, _Show]]] = {
     "kl": (
@@ -50,6 +53,7 @@ _COLUMNS: Mapping[str, Sequence[tuple[str, str, _Show]]] = {
         ("99.9 %", "p999_kld", _nats),
         ("top-1 %", "top1", _percent),
         ("RMS dp %", "rms_dp", _percent),
+        _SEALED,
     ),
     "generation": (
         ("KL along f16's text", "mean_kld", _nats),
@@ -59,11 +63,13 @@ _COLUMNS: Mapping[str, Sequence[tuple[str, str, _Show]]] = {
         ("own text differs from", "first_divergence", _fixed(0)),
         ("equal %", "equal", _percent),
         ("different runs %", "distinct", _percent),
+        _SEALED,
     ),
     "needle": (
         ("found %", "found", _percent),
         ("tokens first %", "rank1", _percent),
         ("log p per token", "logprob", _fixed(3)),
+        _SEALED,
     ),
 }
 _SAME = {"chunked": "kl", "retrieval": "needle"}

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pykvq import native
+
 if TYPE_CHECKING:
     from pykvq.model import Model
     from pykvq.session import FloatArray, IntArray, Session
@@ -67,6 +69,41 @@ def cut_chunks(model: Model, tokens: Sequence[int] | IntArray, n_ctx: int) -> li
     if tokenizer.add_bos and tokenizer.bos is not None:
         pieces[:, 0] = tokenizer.bos
     return list(pieces)
+
+
+def few_chunks(n: int, n_ctx: int, asked: int) -> str:
+    """The sentence about a text that has fewer chunks than were asked for."""
+    chunks = "one chunk" if n == 1 else f"{n} chunks"
+    return (
+        f"The text fills {chunks} of {n_ctx} tokens, fewer than the {asked} of --chunks; all of it"
+        " is read."
+    )
+
+
+def sealed_tokens(n: int, sinks: int, window: int) -> int:
+    """Of n tokens in a cache, those in sealed blocks."""
+    block = native.block_tokens()
+    return max(0, n - sinks - window) // block * block
+
+
+def sealed_share(
+    n_ctx: int, first: int, sinks: int, window: int, n_batch: int | None = None
+) -> float:
+    """Which part of what is scored of a chunk has read sealed blocks.
+
+    Args:
+        n_ctx: Tokens of the chunk, of which the last is only predicted.
+        first: The first position that is scored.
+        sinks: First tokens kept in f16.
+        window: Last tokens kept in f16.
+        n_batch: Tokens per pass, which all read what was sealed before it; None: as if token by
+            token.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    held = np.arange(first, n_ctx - 1) // (n_batch or 1) * (n_batch or 1)  # before each pass
+    return float(np.mean(held >= sinks + window + native.block_tokens()))
 
 
 def streaming_passes(session: Session, n: int) -> Iterator[tuple[int, int]]:

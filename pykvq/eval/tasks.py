@@ -30,11 +30,13 @@ class Task(ABC):
         name: What `--tasks` calls it.
         lockstep: Whether all schemes are measured together, since they are compared with the
             reference position by position; otherwise one after the other.
+        remedy: What to give it more or less of if what it scores reads no sealed block.
         n_batch: Tokens per pass that it asks for, if it does.
     """
 
     name: ClassVar[str]
     lockstep: ClassVar[bool]
+    remedy: ClassVar[str]
     n_batch: int | None = None
 
     @property
@@ -53,6 +55,10 @@ class Task(ABC):
     @abstractmethod
     def tokens(self, unit: str) -> int:
         """How many tokens a part makes each scheme read, at most."""
+
+    @abstractmethod
+    def sealed_share(self, sinks: int, window: int) -> float:
+        """Which part, 0 to 1, of what it scores has read sealed blocks."""
 
     @abstractmethod
     def measure(
@@ -122,7 +128,10 @@ def run_task(
                 meter.end()
         for lane in group:
             found = record.parts(task.name, lane.name)
-            summary = task.summarize({unit: found[unit] for unit in units})
+            summary = {
+                **task.summarize({unit: found[unit] for unit in units}),
+                "sealed": task.sealed_share(lane.sinks, lane.window),
+            }
             record.finish(task.name, lane.name, summary)
             record.save()
             if announce is not None:

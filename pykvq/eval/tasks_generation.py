@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from pykvq.eval.record import pack, unpack
-from pykvq.eval.streaming import Lockstep, read
+from pykvq.eval.streaming import Lockstep, read, sealed_share
 from pykvq.eval.tasks import Count, Task
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class GenerationTask(Task):
 
     name: ClassVar[str] = "generation"
     lockstep: ClassVar[bool] = True
+    remedy: ClassVar[str] = "longer prompts (--prompt-tokens) or texts (--predict)"
 
     def __init__(
         self, model: Model, ids: IntArray, *, prompts: int, n_prompt: int, n_tokens: int
@@ -84,6 +85,10 @@ class GenerationTask(Task):
     def tokens(self, unit: str) -> int:
         """See `Task.tokens`."""
         return self._n_ctx - 1
+
+    def sealed_share(self, sinks: int, window: int) -> float:
+        """See `Task.sealed_share`; of texts that f16 does not end early."""
+        return sealed_share(self._n_ctx, self._n_ctx - self._n_tokens - 1, sinks, window)
 
     def measure(
         self, unit: str, lanes: Sequence[Lane], pool: SessionPool, count: Count

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from pykvq import native
-from pykvq.eval.streaming import log_partition, read, read_logits
+from pykvq.eval.streaming import log_partition, read, read_logits, sealed_tokens
 from pykvq.eval.tasks import Count, Task
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class _RecallTask(Task):
     """What both tasks have in common: prompts by length and trial, and the scoring of answers."""
 
     lockstep: ClassVar[bool] = False
+    remedy: ClassVar[str] = "longer prompts (--lengths)"
 
     def __init__(
         self,
@@ -191,6 +192,11 @@ class _RecallTask(Task):
                 " are needed."
             )
         return room
+
+    def sealed_share(self, sinks: int, window: int) -> float:
+        """See `Task.sealed_share`."""
+        read = [sealed_tokens(self.tokens(unit), sinks, window) > 0 for unit in self.units()]
+        return sum(read) / len(read)
 
     def measure(
         self, unit: str, lanes: Sequence[Lane], pool: SessionPool, count: Count

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from pykvq.eval.record import pack, unpack
-from pykvq.eval.streaming import Lockstep, cut_chunks
+from pykvq.eval.streaming import Lockstep, cut_chunks, sealed_share
 from pykvq.eval.tasks import Count, Task
 from pykvq.perplexity import perplexity_of
 
@@ -32,6 +32,7 @@ class KlTask(Task):
 
     name: ClassVar[str] = "kl"
     lockstep: ClassVar[bool] = True
+    remedy: ClassVar[str] = "more context (-c)"
 
     def __init__(self, model: Model, ids: IntArray, *, n_ctx: int, chunks: int) -> None:
         """Cuts the text.
@@ -67,6 +68,10 @@ class KlTask(Task):
         """See `Task.tokens`."""
         return self._n_ctx - 1
 
+    def sealed_share(self, sinks: int, window: int) -> float:
+        """See `Task.sealed_share`."""
+        return sealed_share(self._n_ctx, self._n_ctx // 2, sinks, window, self.n_batch)
+
     def measure(
         self, unit: str, lanes: Sequence[Lane], pool: SessionPool, count: Count
     ) -> dict[str, Json]:
@@ -95,6 +100,7 @@ class ChunkedTask(KlTask):
     """The same with chunks read in passes of `n_batch` tokens, as prompts are."""
 
     name: ClassVar[str] = "chunked"
+    remedy: ClassVar[str] = "more context (-c) or shorter passes (-b)"
 
     def __init__(
         self, model: Model, ids: IntArray, *, n_ctx: int, chunks: int, n_batch: int

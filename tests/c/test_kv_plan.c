@@ -7,7 +7,6 @@ enum { LAYERS = 5, HEADS = 2, D = 64, TRACKS = LAYERS * KVQ_SIDES * HEADS };
 /* Later layers matter more, values twice as much as the keys of the layer before. */
 static const kvq_profile *make_profile(void) {
     static float importance[LAYERS * HEADS * D], k[LAYERS], v[LAYERS * HEADS];
-    static float k_clip[LAYERS], v_clip[LAYERS];
     static float matrices[LAYERS * HEADS * D * D], mean[LAYERS * HEADS * D];
     static uint16_t order[LAYERS * HEADS * D];
     static uint8_t n_waves[LAYERS * HEADS]; /* none */
@@ -26,17 +25,13 @@ static const kvq_profile *make_profile(void) {
                             .k_sensitivity = k,
                             .v_sensitivity = v,
                             .order = order,
-                            .n_waves = n_waves,
-                            .k_clip = k_clip,
-                            .v_clip = v_clip};
+                            .n_waves = n_waves};
     for (int i = 0; i < LAYERS * HEADS * D; i++) {
         importance[i] = 1.0f / (float)(1 + i % D);
         order[i] = (uint16_t)((i + 1) % D);
     }
     for (int layer = 0; layer < LAYERS; layer++) {
         k[layer] = powf(4.0f, (float)layer);
-        k_clip[layer] = 0.9f - 0.1f * (float)layer;
-        v_clip[layer] = 0.95f;
         for (int head = 0; head < HEADS; head++) {
             v[layer * HEADS + head] = 10.0f * powf(4.0f, (float)layer);
         }
@@ -85,9 +80,9 @@ static const char *asymkv_has_more_bits_in_the_first_layers(void) {
     static const struct {
         const char *scheme;
         kvq_codec_id more[KVQ_SIDES];
-    } schemes[] = {{"asymkv", {KVQ_CODEC_u2, KVQ_CODEC_n2}},
+    } schemes[] = {{"asymkv", {KVQ_CODEC_u2, KVQ_CODEC_t2}},
                    {"asymkv-4", {KVQ_CODEC_u4, KVQ_CODEC_nf4}}};
-    static const kvq_codec_id less[KVQ_SIDES] = {KVQ_CODEC_u1, KVQ_CODEC_n1};
+    static const kvq_codec_id less[KVQ_SIDES] = {KVQ_CODEC_u1, KVQ_CODEC_t1};
     for (size_t i = 0; i < 2 * sizeof given / sizeof *given; i++) {
         kvq_track tracks[TRACKS];
         kvq_plan_request r = request_for(schemes[i % 2].scheme, NULL);
@@ -121,7 +116,7 @@ static const char *asymkv_spends_bits_where_they_save_most(void) {
             0.5 * (kvq_plan_bits(tracks, &r, KVQ_KEYS) + kvq_plan_bits(tracks, &r, KVQ_VALUES));
         if (got > bits) return TEST_FAIL("%.3g bits were given, and %.3g taken", bits, got);
         for (int side = 0; side < KVQ_SIDES; side++) {
-            const kvq_codec_id codec = side == KVQ_KEYS ? KVQ_CODEC_u2 : KVQ_CODEC_n2;
+            const kvq_codec_id codec = side == KVQ_KEYS ? KVQ_CODEC_u2 : KVQ_CODEC_t2;
             const int n = layers_with(tracks, side, codec, &first);
             TEST_CHECK(n >= 0);
             for (int i = 0; i < n; i++) { /* the last layers matter most here */
@@ -137,7 +132,7 @@ static const char *asymkv_spends_bits_where_they_save_most(void) {
     return NULL;
 }
 
-static const char *skvq_takes_order_groups_and_clips_of_a_profile(void) {
+static const char *skvq_takes_order_and_groups_of_a_profile(void) {
     const kvq_profile *const profile = make_profile();
     kvq_track tracks[TRACKS];
     kvq_plan_request r = request_for("skvq-g32", profile);
@@ -148,8 +143,8 @@ static const char *skvq_takes_order_groups_and_clips_of_a_profile(void) {
             const kvq_track *const v = at(tracks, layer, KVQ_VALUES, head);
             TEST_CHECK(k->basis.kind == KVQ_BASIS_permuted &&
                        k->basis.order == profile->order + (layer * HEADS + head) * D);
-            TEST_CHECK(k->shape.group == 32 && k->shape.clip == profile->k_clip[layer]);
-            TEST_CHECK(v->shape.group == 32 && v->shape.clip == profile->v_clip[layer]);
+            TEST_CHECK(k->shape.group == 32);
+            TEST_CHECK(v->shape.group == 32);
             TEST_CHECK(k->block_bytes == kvq_u2_bytes(&k->shape));
         }
     }
@@ -162,7 +157,7 @@ static const char *skvq_takes_order_groups_and_clips_of_a_profile(void) {
     for (int layer = 0; layer < LAYERS; layer++) {
         const kvq_track *const k = at(tracks, layer, KVQ_KEYS, 1);
         TEST_CHECK(k->basis.kind == (bias[layer] ? KVQ_BASIS_identity : KVQ_BASIS_hadamard));
-        TEST_CHECK(k->shape.group == D && k->shape.clip == 1.0f);
+        TEST_CHECK(k->shape.group == D);
     }
     return NULL;
 }
@@ -208,21 +203,16 @@ static const char *a_budget_is_kept_and_spent(void) {
 
 static const char *a_profile_is_used_where_it_changes_something(void) {
     const kvq_profile *const profile = make_profile();
-    kvq_profile unclipped = *profile;
-    float ones[LAYERS];
-    for (int layer = 0; layer < LAYERS; layer++) ones[layer] = 1;
-    unclipped.k_clip = unclipped.v_clip = ones;
     const struct {
         const char *scheme;
         const kvq_profile *profile;
         double bits;
         bool used;
-    } cases[] = {{"f16", profile, 0, false},     {"nqkv", profile, 0, false},
-                 {"skvq", NULL, 0, false},       {"skvq", profile, 0, true},
-                 {"skvq", &unclipped, 0, false}, {"skvq-g32", &unclipped, 0, true},
-                 {"asymkv", profile, 0, false},  {"asymkv", profile, 1.5, true},
-                 {"svdq", profile, 0, true},     {"svdq-steps", profile, 0, true},
-                 {"auto", profile, 0, true}};
+    } cases[] = {{"f16", profile, 0, false},       {"nqkv", profile, 0, false},
+                 {"skvq", profile, 0, false},      {"skvq-g32", NULL, 0, false},
+                 {"skvq-g32", profile, 0, true},   {"asymkv", profile, 0, false},
+                 {"asymkv", profile, 1.5, true},   {"svdq", profile, 0, true},
+                 {"svdq-steps", profile, 0, true}, {"auto", profile, 0, true}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         kvq_track tracks[TRACKS];
         kvq_plan_request r = request_for(cases[i].scheme, cases[i].profile);
@@ -277,8 +267,7 @@ const kvq_test tests_kv_plan[] = {
     {"kv plan: a profile is used where it changes something",
      a_profile_is_used_where_it_changes_something},
     {"kv plan: asymkv spends bits where they save most", asymkv_spends_bits_where_they_save_most},
-    {"kv plan: skvq takes order, groups and clips of a profile",
-     skvq_takes_order_groups_and_clips_of_a_profile},
+    {"kv plan: skvq takes order and groups of a profile", skvq_takes_order_and_groups_of_a_profile},
     {"kv plan: groups are as the row says where they fit",
      groups_are_as_the_row_says_where_they_fit},
     {"kv plan: a budget is kept and spent", a_budget_is_kept_and_spent},

@@ -81,8 +81,6 @@ static void check_profile(const kvq_profile *p) {
     check_rows(p, p->importance, 0, 1e15f);
     check_weights(p->k_sensitivity, 1, 0, 1e15f);
     check_weights(p->v_sensitivity, KV_HEADS, 0, 1e15f);
-    check_weights(p->k_clip, 1, 0.1f, 10);
-    check_weights(p->v_clip, 1, 0.1f, 10);
     check_order(p);
     check_waves(p);
 }

@@ -142,8 +142,7 @@ def _profile(writer: GGUFWriter, waves: int) -> None:
     }.items():
         writer.add_tensor(f"blk.0.{name}", array)
     writer.add_tensor("kvq.v_sensitivity", np.ones((1, KV_HEADS), np.float32))
-    for name in ("k_sensitivity", "k_clip", "v_clip"):
-        writer.add_tensor(f"kvq.{name}", np.ones(1, np.float32))
+    writer.add_tensor("kvq.k_sensitivity", np.ones(1, np.float32))
 
 
 CONTENTS: dict[str, Callable[[GGUFWriter], None]] = {
