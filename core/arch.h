@@ -46,6 +46,7 @@ typedef struct kvq_layer {
 
 struct kvq_model {
     kvq_gguf *file;
+    bool is_cut; /* the file may lack weights: nothing may read them */
     kvq_config config;
     uint64_t n_params, bytes_weights;
 #define KVQ_MODEL_TENSOR(MEMBER, NAME, COLS, ROWS, NEED) kvq_tensor MEMBER;

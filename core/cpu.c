@@ -108,18 +108,18 @@ int kvq_cpu_count(void) {
 #endif
 }
 
-double kvq_memory_available(void) {
+uint64_t kvq_memory_available(void) {
 #if defined(_WIN32)
     MEMORYSTATUSEX status = {.dwLength = sizeof status};
     GlobalMemoryStatusEx(&status);
-    return (double)status.ullAvailPhys;
+    return status.ullAvailPhys;
 #else
     FILE *const file = fopen("/proc/meminfo", "r"); /* Linux; absent elsewhere */
     char line[128];
     unsigned long long kib = 0;
     while (file && !kib && fgets(line, sizeof line, file)) sscanf(line, "MemAvailable: %llu", &kib);
     if (file) fclose(file);
-    if (kib) return 1024.0 * (double)kib;
-    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (kib) return 1024 * (uint64_t)kib;
+    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 #endif
 }

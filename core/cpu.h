@@ -11,8 +11,4 @@ int kvq_cpu_count(void); /* processors that this process may use */
 bool kvq_cpu_has_avx2(void);
 bool kvq_cpu_has_avx512(void);
 
-/* Bytes that can be had without paging: free memory and what the system holds as a cache of files;
- * the whole memory where the system does not tell. */
-double kvq_memory_available(void);
-
 #endif

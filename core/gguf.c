@@ -16,6 +16,7 @@ enum {
 };
 
 struct kvq_gguf {
+    bool may_be_cut;
     uint32_t n_parts;
     kvq_gguf_part *parts;  /* [n_parts]; metadata are those of the first */
     kvq_directory tensors; /* of all parts, part after part */
@@ -105,8 +106,9 @@ static void set_label(kvq_gguf_part *part, const char *path) {
     snprintf(part->label, sizeof part->label, "%s%s", length > room ? "..." : "", tail);
 }
 
-static kvq_status map_part(kvq_gguf_part *part, const char *path) {
+static kvq_status map_part(kvq_gguf_part *part, const char *path, bool may_be_cut) {
     set_label(part, path);
+    part->may_be_cut = may_be_cut;
     const kvq_status status = kvq_map_open(&part->map, path, part->label);
     if (status != KVQ_OK) return status;
     part->bytes = part->map.data;
@@ -206,7 +208,7 @@ static kvq_status open_other_parts(kvq_gguf *file, char *path, const split *whol
     for (uint32_t i = 1; i < whole->count; i++) {
         split part;
         format_suffix(path + strlen(path) - SUFFIX_BYTES, i, whole->count);
-        kvq_status status = map_part(&parts[i], path);
+        kvq_status status = map_part(&parts[i], path, file->may_be_cut);
         if (status != KVQ_OK || (status = get_split(&parts[i], &part)) != KVQ_OK) return status;
         if (part.count != whole->count || part.number != i || part.n_tensors != whole->n_tensors) {
             return kvq_fail(KVQ_ERR_FORMAT,
@@ -291,7 +293,7 @@ static kvq_status finish_open(kvq_gguf **out, kvq_gguf *file, kvq_status status)
     return status;
 }
 
-kvq_status kvq_gguf_open(kvq_gguf **out, const char *path) {
+static kvq_status open_path(kvq_gguf **out, const char *path, bool may_be_cut) {
     *out = NULL;
     const size_t path_size = strlen(path) + 1;
     kvq_gguf *const file = new_file();
@@ -301,12 +303,40 @@ kvq_status kvq_gguf_open(kvq_gguf **out, const char *path) {
         status = kvq_fail(KVQ_ERR_MEMORY, "no memory to open a file");
     } else {
         memcpy(part_path, path, path_size);
-        status = map_part(&file->parts[0], path);
+        file->may_be_cut = may_be_cut;
+        status = map_part(&file->parts[0], path, may_be_cut);
         if (status == KVQ_OK) status = open_split(file, part_path);
         if (status == KVQ_OK) status = read_tensors(file);
     }
     kvq_free(part_path);
     return finish_open(out, file, status);
+}
+
+kvq_status kvq_gguf_open(kvq_gguf **out, const char *path) { return open_path(out, path, false); }
+
+kvq_status kvq_gguf_open_header(kvq_gguf **out, const char *path) {
+    return open_path(out, path, true);
+}
+
+bool kvq_gguf_is_cut(const kvq_gguf *file) {
+    bool cut = false;
+    for (uint32_t i = 0; i < file->n_parts; i++) cut = cut || file->parts[i].is_cut;
+    return cut;
+}
+
+kvq_status kvq_header_measure(const char *label, const uint8_t *data, uint64_t n, uint64_t *bytes) {
+    kvq_gguf_part part = {.bytes = data, .size = (size_t)n, .may_be_cut = true};
+    kvq_directory tensors = {NULL, NULL, 0};
+    uint32_t alignment = 0;
+    set_label(&part, label);
+    kvq_status status = kvq_gguf_part_read_metadata(&part);
+    if (status == KVQ_OK) status = get_alignment(&part, &alignment);
+    if (status == KVQ_OK) status = kvq_directory_open(&tensors, part.n_tensors);
+    if (status == KVQ_OK) status = kvq_gguf_part_read_tensors(&part, alignment, &tensors);
+    *bytes = status == KVQ_OK ? part.header_bytes : 0;
+    kvq_directory_close(&tensors);
+    kvq_directory_close(&part.metadata);
+    return part.ended ? KVQ_OK : status;
 }
 
 kvq_status kvq_gguf_open_memory(kvq_gguf **out, const uint8_t *data, size_t bytes) {

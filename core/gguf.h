@@ -15,16 +15,21 @@ typedef struct kvq_gguf kvq_gguf;
 typedef struct kvq_gguf_tensor {
     const char *name; /* name_length bytes in the file, no final zero */
     uint32_t name_length;
-    uint32_t type;     /* ggml type id; guaranteed to be one that weights.h knows the size of */
-    uint32_t n_dims;   /* 1 to 4 */
-    uint64_t shape[4]; /* shape[0] runs fastest; unused are 1 */
-    const uint8_t *data;
-    uint64_t bytes; /* of data, checked to lie in its file */
+    uint32_t type;       /* ggml type id; guaranteed to be one that weights.h knows the size of */
+    uint32_t n_dims;     /* 1 to 4 */
+    uint64_t shape[4];   /* shape[0] runs fastest; unused are 1 */
+    const uint8_t *data; /* not to be read where the file is cut */
+    uint64_t bytes;      /* of data, checked to lie in its file unless that is cut */
 } kvq_gguf_tensor;
 
 /* Maps `path`. For a file named NAME-00001-of-000NN.gguf whose metadata say split.count > 1, maps
  * the others beside it too; a later part of a split as `path` is an error that names the first. */
 kvq_status kvq_gguf_open(kvq_gguf **out, const char *path);
+
+/* The same for a file that may end anywhere after its header: metadata and tensor directory are
+ * there, and kvq_gguf_is_cut tells whether the data of tensors are too. */
+kvq_status kvq_gguf_open_header(kvq_gguf **out, const char *path);
+bool kvq_gguf_is_cut(const kvq_gguf *file);
 
 /* The same over bytes that the caller owns and keeps alive (a single file; used by the fuzzer). */
 kvq_status kvq_gguf_open_memory(kvq_gguf **out, const uint8_t *data, size_t bytes);

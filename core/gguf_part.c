@@ -12,6 +12,7 @@ enum {
     TENSOR_BYTES_MIN = 33,
     ENTRIES_MAX = INT32_MAX /* so that every count and index fits 32 bits */
 };
+#define EXTENT_MAX (SIZE_MAX / 8) /* of an offset and of a size: so their sums do not overflow */
 
 /* The name of an entry that lies in the file, for error sentences. */
 static kvq_shown show_name(const uint8_t *entry) {
@@ -113,7 +114,7 @@ bool kvq_directory_find(const kvq_directory *directory, const char *name, uint32
 
 /* Where a walk over entries stands; `what`, `index` and `count` serve the error sentences. */
 typedef struct reader {
-    const kvq_gguf_part *part;
+    kvq_gguf_part *part;
     const uint8_t *at, *end;
     const char *what;
     uint32_t index, count;
@@ -128,6 +129,7 @@ static const uint8_t *take(reader *r, uint64_t bytes) {
 }
 
 static kvq_status fail_short(const reader *r) {
+    r->part->ended = true;
     return kvq_fail(KVQ_ERR_FORMAT, "%s: %s %u of %u runs past the end of the file (%zu bytes)",
                     r->part->label, r->what, r->index + 1, r->count, r->part->size);
 }
@@ -173,9 +175,10 @@ static kvq_status check_version(const char *label, uint32_t version) {
 static uint64_t at_most(uint64_t n, uint64_t limit) { return n < limit ? n : limit; }
 
 /* Both counts are checked together, so that all directories together stay smaller than the file. */
-static kvq_status check_counts(const kvq_gguf_part *part, uint64_t n_metadata, uint64_t n_tensors) {
+static kvq_status check_counts(kvq_gguf_part *part, uint64_t n_metadata, uint64_t n_tensors) {
     const uint64_t bytes = part->size - HEADER_BYTES;
     const uint64_t most_metadata = at_most(bytes / METADATA_BYTES_MIN, ENTRIES_MAX);
+    part->ended = n_metadata <= ENTRIES_MAX && n_tensors <= ENTRIES_MAX;
     if (n_metadata > most_metadata) {
         return kvq_fail(KVQ_ERR_FORMAT,
                         "%s: the header counts %" PRIu64
@@ -191,6 +194,7 @@ static kvq_status check_counts(const kvq_gguf_part *part, uint64_t n_metadata, u
                         " that %" PRIu64 " bytes can hold",
                         part->label, n_tensors, most_tensors, bytes);
     }
+    part->ended = false;
     return KVQ_OK;
 }
 
@@ -253,6 +257,7 @@ kvq_status kvq_gguf_part_read_metadata(kvq_gguf_part *part) {
                         kvq_show(header, 4).text);
     }
     if (part->size < HEADER_BYTES) {
+        part->ended = true;
         return kvq_fail(KVQ_ERR_FORMAT,
                         "%s: is %zu bytes long, expected at least the %d of a header", part->label,
                         part->size, (int)HEADER_BYTES);
@@ -376,8 +381,8 @@ static kvq_status read_tensor(reader *r) {
     return check_entry(r->part->label, entry);
 }
 
-/* The data of a tensor must lie on the alignment and inside of the file. */
-static kvq_status check_extent(const kvq_gguf_part *part, const uint8_t *at, uint32_t alignment) {
+/* The data of a tensor must lie on the alignment and, unless the file may be cut, inside of it. */
+static kvq_status check_extent(kvq_gguf_part *part, const uint8_t *at, uint32_t alignment) {
     kvq_gguf_tensor t;
     const uint64_t offset = tensor_fields(at, &t);
     size_t bytes;
@@ -394,17 +399,26 @@ static kvq_status check_extent(const kvq_gguf_part *part, const uint8_t *at, uin
                         part->label, show_name(at).text, t.shape[0], t.shape[1], t.shape[2],
                         t.shape[3]);
     }
-    if (offset > part->data_bytes || bytes > part->data_bytes - offset) {
+    const bool inside = offset <= part->data_bytes && bytes <= part->data_bytes - offset;
+    if (!inside && !part->may_be_cut) {
         return kvq_fail(KVQ_ERR_FORMAT,
                         "%s: tensor %s: %zu bytes at offset %" PRIu64 " of the data, "
                         "expected them inside of the %zu bytes that the file has there",
                         part->label, show_name(at).text, bytes, offset, part->data_bytes);
     }
+    if (!inside && (offset > EXTENT_MAX || bytes > EXTENT_MAX)) {
+        return kvq_fail(KVQ_ERR_FORMAT,
+                        "%s: tensor %s: %zu bytes at offset %" PRIu64
+                        " of the data, expected at most %zu of either",
+                        part->label, show_name(at).text, bytes, offset, EXTENT_MAX);
+    }
+    if (!inside) part->is_cut = true;
     return KVQ_OK;
 }
 
-/* Refusing tensors that share bytes keeps the sum of all tensors below the size of the file, on
- * which callers may then rely. `by_offset` is room for part->n_tensors indices. */
+/* Refusing tensors that share bytes keeps the sum of all tensors below the size of the file, or at
+ * most at 2 * EXTENT_MAX where it is cut, on which callers may then rely. `by_offset` is room for
+ * part->n_tensors indices. */
 static kvq_status check_overlaps(const kvq_gguf_part *part, const uint8_t **at,
                                  uint32_t *by_offset) {
     sort_indices(by_offset, part->first_tensor, part->n_tensors, at, compare_offsets);
@@ -438,7 +452,8 @@ kvq_status kvq_gguf_part_read_tensors(kvq_gguf_part *part, uint32_t alignment, k
 
     /* No overflow: an object in memory ends well below SIZE_MAX. A file without tensors may end
      * before the data would begin. */
-    const size_t begin = kvq_round_up((size_t)(r.at - part->bytes), alignment);
+    part->header_bytes = (size_t)(r.at - part->bytes);
+    const size_t begin = kvq_round_up(part->header_bytes, alignment);
     part->data_bytes = begin < part->size ? part->size - begin : 0;
     part->data = part->bytes + (part->data_bytes ? begin : part->size);
     for (uint32_t i = 0; i < part->n_tensors; i++) {
@@ -451,6 +466,6 @@ void kvq_gguf_part_tensor(const kvq_gguf_part *part, const uint8_t *at, kvq_gguf
     const uint64_t offset = tensor_fields(at, out);
     size_t bytes = 0;
     tensor_bytes(out, &bytes);
-    out->data = part->data + offset;
+    out->data = part->is_cut ? part->bytes : part->data + offset;
     out->bytes = bytes;
 }

@@ -40,6 +40,10 @@ typedef struct kvq_gguf_part {
     kvq_map map;     /* empty where the bytes are the caller's */
     const uint8_t *bytes;
     size_t size;
+    bool may_be_cut;     /* set by the caller: data of tensors may lie behind the end of the file */
+    bool is_cut;         /* some do */
+    bool ended;          /* what failed is that the file ends within its header */
+    size_t header_bytes; /* up to the end of the last tensor's entry, once those are read */
     kvq_directory metadata;
     uint32_t n_tensors;
     uint32_t first_tensor; /* index over all parts */
@@ -55,7 +59,8 @@ kvq_status kvq_gguf_part_read_metadata(kvq_gguf_part *part);
 kvq_status kvq_gguf_part_read_tensors(kvq_gguf_part *part, uint32_t alignment, kvq_directory *all);
 
 /* The entry at `index` < metadata.count, and the tensor whose entry begins at `at`: both were
- * checked when they were read, so these cannot fail. */
+ * checked when they were read, so these cannot fail. Of a part that is cut, `data` is no address to
+ * read from. */
 void kvq_gguf_part_meta(const kvq_gguf_part *part, uint32_t index, kvq_meta *out);
 void kvq_gguf_part_tensor(const kvq_gguf_part *part, const uint8_t *at, kvq_gguf_tensor *out);
 

@@ -53,11 +53,15 @@ typedef struct kvq_model_info {
     int32_t n_ctx_train;
     uint64_t n_params;
     uint64_t bytes_weights; /* tensor data as mapped */
+    int32_t has_weights;    /* 0: opened from a file that ends before them */
 } kvq_model_info;
 
 /* Maps `path` (all files of a split one) and checks every tensor that the architecture needs.
  * Weights stay mapped and are never expanded. The file must not be cut while it is open. */
 kvq_status kvq_model_open(kvq_model **out, const char *path);
+/* The same for a file that may end anywhere after its header. A model without weights describes
+ * itself and plans sessions; it opens none and gives no tensor's values. */
+kvq_status kvq_model_open_header(kvq_model **out, const char *path);
 void kvq_model_close(kvq_model *model); /* takes NULL */
 void kvq_model_describe(const kvq_model *model, kvq_model_info *out);
 
@@ -123,14 +127,20 @@ kvq_status kvq_model_tensor(const kvq_model *model, uint64_t index, kvq_tensor_i
 kvq_status kvq_model_tensor_values(const kvq_model *model, uint64_t index, float *values,
                                    uint64_t n);
 
+/* How many bytes the header of a GGUF file has (metadata and tensor directory), given the first n
+ * bytes of the file; 0 where it goes on behind them. `label` is how errors call the file. */
+kvq_status kvq_header_measure(const char *label, const uint8_t *data, uint64_t n, uint64_t *bytes);
+
 /* ---- profiles ---------------------------------------------------------------------------- */
 
-/* Tells a model from others, by its tensors' names, types and shapes and a part of its weights. */
+/* Tells a model from others, by its tensors' names, types and shapes and a part of its weights; 0
+ * for one without weights. */
 uint64_t kvq_model_fingerprint(const kvq_model *model);
 
 /* Opens what calibration found for this very model: a GGUF file made by `pykvq calibrate`. Its
  * numbers are checked and copied, so the file may go. A session that uses a profile must be closed
- * before it; any number may share it. */
+ * before it; any number may share it. For a model without weights, whose fingerprint is not known,
+ * the shape alone is compared. */
 kvq_status kvq_profile_open(kvq_profile **out, const kvq_model *model, const char *path);
 void kvq_profile_close(kvq_profile *profile); /* takes NULL */
 
@@ -184,6 +194,7 @@ typedef struct kvq_session_options {
      * tokens read all, so the result depends on how tokens are cut into passes. Needs keys whose
      * blocks keep a mean. */
     int32_t kv_topk;
+    int32_t no_memory_check; /* 1: open a session even if it does not fit into the memory */
 } kvq_session_options;
 
 /* Called before each layer of each pass, on the calling thread; returning non-zero cancels. */
@@ -199,9 +210,12 @@ typedef struct kvq_session_stats {
     int32_t n_tokens_sealed; /* of these, in sealed blocks */
     uint64_t bytes_kv;       /* allocated for the cache: the sum of the three below */
     uint64_t bytes_sinks, bytes_sealed, bytes_recent;
-    uint64_t bytes_tables;               /* bases of the scheme, shared through the profile */
-    uint64_t bytes_scratch;              /* what a pass works in */
-    double bits_sealed_k, bits_sealed_v; /* per element of a sealed block, metadata included */
+    uint64_t bytes_sealed_k, bytes_sealed_v; /* the parts of bytes_sealed */
+    uint64_t bytes_tables;                   /* bases of the scheme, shared through the profile */
+    uint64_t bytes_scratch;                  /* what a pass works in */
+    uint64_t bytes_weights;                  /* of the model, mapped: its sessions share them */
+    uint64_t bytes_total;                    /* weights, cache, tables and scratch */
+    double bits_sealed_k, bits_sealed_v;     /* per element of a sealed block, metadata included */
     /* Bits per element of the whole cache (sinks, sealed blocks, recent rows, all metadata,
      * tables): bits_full once n_ctx tokens fill it, bits_used for the n_tokens that it holds now.
      */
@@ -214,9 +228,24 @@ typedef struct kvq_session_stats {
     double seconds_evaluated;
 } kvq_session_stats;
 
+/* Fails with KVQ_ERR_MEMORY where bytes_total exceeds kvq_memory_available(), unless the options
+ * say otherwise. */
 kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
                             const kvq_session_options *options);
 void kvq_session_close(kvq_session *session); /* takes NULL */
+
+/* Describes the session that kvq_session_open would make, byte for byte, without its memory. */
+kvq_status kvq_session_plan(const kvq_model *model, const kvq_session_options *options,
+                            kvq_session_stats *out);
+
+/* The largest n_ctx whose session has a bytes_total of at most `memory`; 0: not even 1 token fits.
+ * options->n_ctx is not read. */
+kvq_status kvq_session_longest(const kvq_model *model, const kvq_session_options *options,
+                               uint64_t memory, int32_t *n_ctx);
+
+/* Bytes that can be had without paging: free memory and what the system holds as a cache of files,
+ * such as mapped weights; the whole memory where the system does not tell. */
+uint64_t kvq_memory_available(void);
 
 /* Appends tokens[n] to the timeline. Logits (f32) go to logits[n_vocab] for KVQ_LOGITS_LAST, to
  * logits[n][n_vocab] for KVQ_LOGITS_ALL. On an error or a cancellation the session holds

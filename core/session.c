@@ -14,10 +14,12 @@ const char *kvq_version(void) { return KVQ_VERSION; }
 
 /* ---- model ------------------------------------------------------------------------------- */
 
-kvq_status kvq_model_open(kvq_model **out, const char *path) {
+typedef kvq_status open_file(kvq_gguf **out, const char *path);
+
+static kvq_status open_model(kvq_model **out, const char *path, open_file *open) {
     kvq_model *const model = kvq_alloc(sizeof *model);
     if (!model) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory to open %.100s.", path);
-    kvq_status status = kvq_gguf_open(&model->file, path);
+    kvq_status status = open(&model->file, path);
     if (status == KVQ_OK && (status = kvq_arch_bind(model)) != KVQ_OK) {
         kvq_fail_in(status, kvq_gguf_label(model->file));
     }
@@ -25,8 +27,23 @@ kvq_status kvq_model_open(kvq_model **out, const char *path) {
         kvq_model_close(model);
         return status;
     }
+    model->is_cut = kvq_gguf_is_cut(model->file);
     *out = model;
     return KVQ_OK;
+}
+
+kvq_status kvq_model_open(kvq_model **out, const char *path) {
+    return open_model(out, path, kvq_gguf_open);
+}
+
+kvq_status kvq_model_open_header(kvq_model **out, const char *path) {
+    return open_model(out, path, kvq_gguf_open_header);
+}
+
+static kvq_status require_weights(const kvq_model *model, const char *what) {
+    if (!model->is_cut) return KVQ_OK;
+    return kvq_fail(KVQ_ERR_ARGUMENT, "The file %s ends before its weights do, and %s needs them.",
+                    kvq_gguf_label(model->file), what);
 }
 
 void kvq_model_close(kvq_model *model) {
@@ -48,7 +65,8 @@ void kvq_model_describe(const kvq_model *model, kvq_model_info *out) {
                             .n_vocab = (int32_t)c->n_vocab,
                             .n_ctx_train = (int32_t)c->n_ctx_train,
                             .n_params = model->n_params,
-                            .bytes_weights = model->bytes_weights};
+                            .bytes_weights = model->bytes_weights,
+                            .has_weights = !model->is_cut};
 }
 
 int32_t kvq_model_rope_count(const kvq_model *model) { return (int32_t)model->config.d_rope / 2; }
@@ -58,6 +76,8 @@ kvq_status kvq_model_rope(const kvq_model *model, int32_t index, kvq_rope_pair *
     const int count = kvq_model_rope_count(model), d = (int)c->d_rope;
     const bool neox = c->rope == KVQ_ROPE_NEOX;
     const float *const factors = kvq_tensor_vector(&model->rope_freqs);
+    const kvq_status status = factors ? require_weights(model, "RoPE") : KVQ_OK;
+    if (status != KVQ_OK) return status;
     if (index < 0 || index >= count) {
         return kvq_fail(KVQ_ERR_ARGUMENT, "RoPE pair %d does not exist; there are %d.", index,
                         count);
@@ -105,7 +125,8 @@ kvq_status kvq_model_tensor_values(const kvq_model *model, uint64_t index, float
                                    uint64_t n) {
     kvq_tensor_info info;
     kvq_gguf_tensor t;
-    const kvq_status status = kvq_model_tensor(model, index, &info);
+    kvq_status status = kvq_model_tensor(model, index, &info);
+    if (status == KVQ_OK) status = require_weights(model, "reading a tensor");
     if (status != KVQ_OK) return status;
     kvq_gguf_tensor_at(model->file, index, &t);
     const kvq_shown name = kvq_show(t.name, t.name_length);
@@ -136,10 +157,11 @@ struct kvq_session {
     bool uses_profile;
     kvq_turns turns; /* n_pairs 0: no track has waves */
     int n_ctx, n_batch, n_threads, sinks, window, topk;
+    int most_batch; /* as asked for; n_batch is at most n_ctx */
     kvq_forward forward;
     kvq_pool *pool;
-    uint8_t *kv, *scratch;
-    size_t scratch_bytes;
+    uint8_t *kv, *scratch; /* NULL: only planned */
+    size_t kv_bytes, scratch_bytes;
     kvq_ring_bytes bytes;
     atomic_int cancelled;
     uint64_t n_evaluated;
@@ -156,18 +178,25 @@ static kvq_status choose(const char *name, int32_t value, int32_t open, int othe
 
 static int smaller(int a, int b) { return a < b ? a : b; }
 
+enum { MOST_TOKENS = 1 << 28, MOST_THREADS = 1024 };
+
+static void set_context(kvq_session *s, int n_ctx) {
+    s->n_ctx = n_ctx;
+    s->n_batch = s->forward.n_batch = smaller(s->most_batch, n_ctx);
+}
+
 static kvq_status read_options(kvq_session *s, const kvq_session_options *o) {
-    enum { MOST_TOKENS = 1 << 28, MOST_THREADS = 1024 };
+    int n_ctx;
     const kvq_config *const c = &s->model->config;
     kvq_status status;
     if ((status = kvq_scheme_find(&s->scheme, o->scheme)) != KVQ_OK) return status;
     if ((status = kvq_scheme_check(s->scheme, (int)c->d_head)) != KVQ_OK) return status;
     status =
-        choose("n_ctx", o->n_ctx, 0, smaller((int)c->n_ctx_train, 4096), 1, MOST_TOKENS, &s->n_ctx);
+        choose("n_ctx", o->n_ctx, 0, smaller((int)c->n_ctx_train, 4096), 1, MOST_TOKENS, &n_ctx);
     if (status != KVQ_OK) return status;
-    status = choose("n_batch", o->n_batch, 0, smaller(512, s->n_ctx), 1, 65536, &s->n_batch);
+    status = choose("n_batch", o->n_batch, 0, 512, 1, 65536, &s->most_batch);
     if (status != KVQ_OK) return status;
-    s->n_batch = smaller(s->n_batch, s->n_ctx);
+    set_context(s, n_ctx);
     status = choose("n_threads", o->n_threads, 0, smaller(kvq_cpu_count(), MOST_THREADS), 1,
                     MOST_THREADS, &s->n_threads);
     if (status != KVQ_OK) return status;
@@ -260,18 +289,49 @@ static void lay_out_scratch(kvq_session *s, kvq_arena *arena) {
                           s->n_batch, s->n_threads);
 }
 
+/* Lays out everything in no memory: what it would take. */
+static void measure(kvq_session *s) {
+    kvq_arena kv = {0}, scratch = {0};
+    lay_out_kv(s, &kv);
+    lay_out_scratch(s, &scratch);
+    s->kv_bytes = kv.used;
+    s->scratch_bytes = scratch.used;
+}
+
+static uint64_t bytes_total(const kvq_session *s) {
+    return s->model->bytes_weights + s->kv_bytes + s->table_bytes + s->scratch_bytes;
+}
+
+/* The longest context that fits, 0 if none does: every part grows with the context, or stays.
+ * Leaves the session measured for another context. */
+static int longest_context(kvq_session *s, uint64_t memory) {
+    int fits = 0, too_long = MOST_TOKENS + 1;
+    while (too_long - fits > 1) {
+        const int n_ctx = fits + (too_long - fits) / 2;
+        set_context(s, n_ctx);
+        measure(s);
+        *(bytes_total(s) <= memory ? &fits : &too_long) = n_ctx;
+    }
+    return fits;
+}
+
 /* Memory is claimed lazily by the system, which may grant more than there is and later kill the
- * process: so what does not fit is refused here. */
-static kvq_status check_memory(const kvq_session *s, size_t kv_bytes, size_t scratch_bytes) {
-    const double available = kvq_memory_available(),
-                 needed = (double)kv_bytes + (double)scratch_bytes;
+ * process: so what does not fit is refused here. Weights count too: the system can drop mapped
+ * pages, but every token reads them all, from the disk then. */
+static kvq_status check_memory(kvq_session *s) {
+    const uint64_t available = kvq_memory_available(), needed = bytes_total(s);
     if (needed <= available) return KVQ_OK;
+    const double weights = (double)s->model->bytes_weights, scratch = (double)s->scratch_bytes;
+    const double kv = (double)(s->kv_bytes + s->table_bytes);
+    const int n_ctx = s->n_ctx, longest = longest_context(s, available);
+    char advice[80] = "no smaller n_ctx would fit";
+    if (longest) snprintf(advice, sizeof advice, "choose a smaller n_ctx, at most %d", longest);
     return kvq_fail(
         KVQ_ERR_MEMORY,
-        "A context of %d tokens under %s needs %.2f GB (KV cache %.2f, scratch %.2f), but only "
-        "%.2f GB of memory are available; choose a smaller n_ctx or n_batch.",
-        s->n_ctx, s->scheme->name, needed / 1e9, (double)kv_bytes / 1e9,
-        (double)scratch_bytes / 1e9, available / 1e9);
+        "A context of %d tokens under %s needs %.2f GB (weights %.2f, KV cache %.2f, scratch "
+        "%.2f), but only %.2f GB of memory are available; %s.",
+        n_ctx, s->scheme->name, (double)needed / 1e9, weights / 1e9, kv / 1e9, scratch / 1e9,
+        (double)available / 1e9, advice);
 }
 
 /* Where RoPE has turned each pair within a block, and at the first token of every block. */
@@ -291,38 +351,49 @@ static void fill_turns(kvq_session *s) {
 }
 
 static kvq_status allocate(kvq_session *s) {
-    kvq_arena kv = {0}, scratch = {0};
-    s->forward.rings = kvq_alloc(s->model->config.n_layers * sizeof *s->forward.rings);
-    if (!s->forward.rings) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
-    lay_out_kv(s, &kv);
-    lay_out_scratch(s, &scratch);
-    const kvq_status status = check_memory(s, kv.used, scratch.used);
-    if (status != KVQ_OK) return status;
-    s->kv = kvq_alloc(kv.used);
-    s->scratch = kvq_alloc(scratch.used);
+    s->kv = kvq_alloc(s->kv_bytes);
+    s->scratch = kvq_alloc(s->scratch_bytes);
     if (!s->kv || !s->scratch) {
         return kvq_fail(KVQ_ERR_MEMORY, "The system refused %.2f GB for a context of %d tokens.",
-                        (double)(kv.used + scratch.used) / 1e9, s->n_ctx);
+                        (double)(s->kv_bytes + s->scratch_bytes) / 1e9, s->n_ctx);
     }
-    s->scratch_bytes = scratch.used;
-    kv = (kvq_arena){.base = s->kv};
-    scratch = (kvq_arena){.base = s->scratch};
+    kvq_arena kv = {.base = s->kv}, scratch = {.base = s->scratch};
     lay_out_kv(s, &kv);
     lay_out_scratch(s, &scratch);
     fill_turns(s);
     return KVQ_OK;
 }
 
-kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
-                            const kvq_session_options *options) {
+/* A session that is measured, but has no memory and no threads. */
+static kvq_status new_session(kvq_session **out, const kvq_model *model,
+                              const kvq_session_options *options) {
     kvq_session *const s = kvq_alloc(sizeof *s);
     if (!s) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
-    s->model = model;
+    s->model = s->forward.model = model;
     kvq_status status = read_options(s, options);
     if (status == KVQ_OK) status = kvq_isa_choose(&s->forward.isa);
     if (status == KVQ_OK) status = make_plan(s, options);
-    s->forward.model = model;
-    s->forward.n_batch = s->n_batch;
+    if (status == KVQ_OK) {
+        s->forward.rings = kvq_alloc(model->config.n_layers * sizeof *s->forward.rings);
+        if (!s->forward.rings)
+            status = kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
+    }
+    if (status != KVQ_OK) {
+        kvq_session_close(s);
+        return status;
+    }
+    measure(s);
+    *out = s;
+    return KVQ_OK;
+}
+
+kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
+                            const kvq_session_options *options) {
+    kvq_session *s;
+    kvq_status status = require_weights(model, "a session");
+    if (status == KVQ_OK) status = new_session(&s, model, options);
+    if (status != KVQ_OK) return status;
+    if (!options->no_memory_check) status = check_memory(s);
     if (status == KVQ_OK) status = allocate(s);
     if (status == KVQ_OK) status = kvq_pool_open(&s->pool, s->n_threads);
     if (status != KVQ_OK) {
@@ -344,6 +415,28 @@ void kvq_session_close(kvq_session *session) {
     kvq_free(session->scratch);
     kvq_free(session->kv);
     kvq_free(session);
+}
+
+kvq_status kvq_session_plan(const kvq_model *model, const kvq_session_options *options,
+                            kvq_session_stats *out) {
+    kvq_session *s;
+    const kvq_status status = new_session(&s, model, options);
+    if (status != KVQ_OK) return status;
+    kvq_session_describe(s, out);
+    kvq_session_close(s);
+    return KVQ_OK;
+}
+
+kvq_status kvq_session_longest(const kvq_model *model, const kvq_session_options *options,
+                               uint64_t memory, int32_t *n_ctx) {
+    kvq_session *s;
+    kvq_session_options any_context = *options;
+    any_context.n_ctx = 0;
+    const kvq_status status = new_session(&s, model, &any_context);
+    if (status != KVQ_OK) return status;
+    *n_ctx = longest_context(s, memory);
+    kvq_session_close(s);
+    return KVQ_OK;
 }
 
 static int held(const kvq_session *s) { return s->forward.rings[0].n; }
@@ -499,7 +592,8 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         2.0 * c->n_layers * c->n_kv_heads * c->d_head; /* elements, both sides */
     const double sealed_now = (double)ring->n_sealed * KVQ_BLOCK * per_token *
                               (s->bits[KVQ_KEYS] + s->bits[KVQ_VALUES]) / 16;
-    const uint64_t total = s->bytes.sinks + s->bytes.sealed + s->bytes.recent;
+    const uint64_t sealed = s->bytes.sealed[KVQ_KEYS] + s->bytes.sealed[KVQ_VALUES];
+    const uint64_t total = s->bytes.sinks + sealed + s->bytes.recent;
     const double now = (double)(s->bytes.sinks + s->bytes.recent) + sealed_now;
     *out = (kvq_session_stats){
         .isa = s->forward.isa->name,
@@ -513,10 +607,14 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         .n_tokens_sealed = ring->n_sealed * KVQ_BLOCK,
         .bytes_kv = total,
         .bytes_sinks = s->bytes.sinks,
-        .bytes_sealed = s->bytes.sealed,
+        .bytes_sealed = sealed,
+        .bytes_sealed_k = s->bytes.sealed[KVQ_KEYS],
+        .bytes_sealed_v = s->bytes.sealed[KVQ_VALUES],
         .bytes_recent = s->bytes.recent,
         .bytes_scratch = s->scratch_bytes,
         .bytes_tables = s->table_bytes,
+        .bytes_weights = s->model->bytes_weights,
+        .bytes_total = bytes_total(s),
         .bits_sealed_k = s->bits[KVQ_KEYS],
         .bits_sealed_v = s->bits[KVQ_VALUES],
         .bits_full = 8.0 * (double)(total + s->table_bytes) / (per_token * s->n_ctx),

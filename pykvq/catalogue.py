@@ -18,8 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pykvq.errors import ModelError
-from pykvq.fetch import Artifact, Progress, Source, Url, WheelMember, Wheels, fetch
-from pykvq.hub import fetch_from_hub
+from pykvq.fetch import Artifact, Progress, RemoteFile, Source, Url, WheelMember, Wheels, fetch
+from pykvq.hub import fetch_from_hub, files_of_hub, other_parts
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -29,8 +29,10 @@ __all__ = [
     "ModelNotFoundError",
     "ShippedProfile",
     "cards",
+    "is_url",
     "parse_card",
     "profile_of",
+    "remote_files",
     "resolve",
 ]
 
@@ -115,6 +117,34 @@ def resolve(
     if hub is not None:
         return fetch_from_hub(hub["repo"], hub["quant"], progress=progress, offline=offline)
     raise ModelNotFoundError(f"The model {text!r} is not known; expected is {_expected()}.")
+
+
+def remote_files(name: str) -> list[RemoteFile]:
+    """Where a model can be read in parts, without fetching all of it.
+
+    Args:
+        name: A URL of a GGUF file, which `resolve` does not take; else as for `resolve`.
+
+    Returns:
+        Its files, the first part first; none if only fetching all of it helps.
+
+    Raises:
+        DownloadError: If it is of the Hugging Face hub, which does not have it or cannot be
+            reached.
+    """
+    if is_url(name):
+        folder, _, first = name.rpartition("/")
+        return [Url(f"{folder}/{part}") for part in (first, *other_parts(first))]
+    card = cards().get(name.lower())
+    if card is not None:
+        return [card.artifact.source] if isinstance(card.artifact.source, Url) else []
+    hub = _HUB_NAME.fullmatch(name)
+    return [] if hub is None else list(files_of_hub(hub["repo"], hub["quant"]))
+
+
+def is_url(name: str) -> bool:
+    """Whether a name of a model is the address of a file of a web server."""
+    return name.startswith(("https://", "http://"))
 
 
 def _expected() -> str:

@@ -15,6 +15,9 @@ SESSION_RANGES: Mapping[str, tuple[int, int]] = {
     "kv_topk": (0, 2**28),
 }
 
+#: The most memory that a plan can be made for, in bytes.
+MEMORY_MOST = 2**60
+
 
 def asymkv_pair(value: object) -> tuple[int, int]:
     """Requires two numbers of layers, (l_k, l_v).

@@ -79,6 +79,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     options.add_session(
         parser, f"{options.RUN_CONTEXT}, or what prompt and -n need, at most as it was trained"
     )
+    options.add_memory_check(parser)
     options.add_sampling(parser)
     options.add_json(parser)
 
@@ -94,6 +95,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     options.add_system(parser)
     options.add_length(parser)
     options.add_session(parser, f"{options.CHAT_CONTEXT}, at most as it was trained")
+    options.add_memory_check(parser)
     options.add_sampling(parser)
 
 
@@ -116,6 +118,21 @@ def _info(args: argparse.Namespace) -> int:
     from pykvq import cli_info
 
     return cli_info.info(args)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from pykvq import cli_plan
+
+    options.add_model(parser)
+    options.add_session(parser, "as it was trained", many=True, kv=None)
+    cli_plan.add_memory(parser)
+    options.add_json(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pykvq import cli_plan
+
+    return cli_plan.run(args)
 
 
 def _add_tokenize(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +203,7 @@ _COMMANDS: tuple[tuple[str, _Add, _Run, str], ...] = (
     ("run", _add_run, _run, "write one text or one answer"),
     ("chat", _add_chat, _chat, "talk with a model"),
     ("info", _add_info, _info, "show what a model is and what its KV cache costs"),
+    ("plan", _add_plan, _plan, "show what fits into the memory, from a model's header alone"),
     ("tokenize", _add_tokenize, _tokenize, "show the tokens of a text"),
     ("perplexity", _add_perplexity, _perplexity, "measure what KV schemes cost on a text"),
     ("eval", _add_eval, _eval, "compare KV schemes, published ones among them, on several tasks"),

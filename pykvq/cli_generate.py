@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         limit = options.max_tokens(args)
         needed = len(ids) + (_ANSWER if limit is None else limit)
         n_ctx = options.context_size(args, model, max(options.RUN_CONTEXT, needed))
+        session = options.open_session(args, model, n_ctx)
         with options.checked():
-            session = model.session(n_ctx=n_ctx)
             stream = session.generate(
                 ids, limit, params=params, stop=args.reverse_prompt, stream=True
             )
@@ -178,8 +178,7 @@ def chat(args: argparse.Namespace) -> int:
     with options.open_model(args, kv=args.kv, **options.session_options(args)) as model:
         params = options.sampling_params(args, model.sampling_defaults)
         n_ctx = options.context_size(args, model, options.CHAT_CONTEXT)
-        with options.checked():
-            session = model.session(n_ctx=n_ctx)
+        session = options.open_session(args, model, n_ctx)
         _announce(args, model, session, _COMMANDS)
         conversation = _Conversation(args, model, session, params)
         interactive = sys.stdin.isatty()

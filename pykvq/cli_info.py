@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pykvq import cli_options as options
 from pykvq.console import ProgressBar, UsageError, size
-from pykvq.errors import MemoryLimitError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pykvq.model import Model
-    from pykvq.native import Scheme, SessionStats
+    from pykvq.native import Scheme
 
 #: Longest value of a metadata entry that is shown.
 _SHOWN = 60
@@ -121,14 +120,6 @@ def _cost(model: Model, scheme: Scheme, n_ctx: int, given: dict[str, Any]) -> di
         n_ctx: Tokens of context.
         given: Further arguments of `Model.session`.
     """
-
-    def stats(n_ctx: int) -> SessionStats:
-        with (
-            options.checked(),
-            model.session(kv=scheme.name, n_ctx=n_ctx, n_batch=1, **given) as session,
-        ):
-            return session.stats
-
     cost: dict[str, Any] = {"kv": scheme.name, "bytes": None, "bits_full": None, "missing": None}
     cost["bytes_tables"] = 0
     cost["copes_with_keys"] = not (model.has_key_bias and scheme.key_bias_sensitive)
@@ -136,14 +127,14 @@ def _cost(model: Model, scheme: Scheme, n_ctx: int, given: dict[str, Any]) -> di
     if scheme.profile == "needed" and model.profile_path is None:
         cost["missing"] = "needs a profile"
         return cost
-    try:
-        full = stats(n_ctx)
-        cost["bytes"], cost["bits_full"] = full.bytes_kv, full.bits_full
-        cost["bytes_tables"] = full.bytes_tables
-    except MemoryLimitError:
+    with options.checked():
+        plan = model.plan(kv=scheme.name, n_ctx=n_ctx, n_batch=1, **given)
+    cost["bits_sealed"] = plan.stats.bits_sealed
+    if plan.fits:
+        cost["bytes"], cost["bits_full"] = plan.stats.bytes_kv, plan.stats.bits_full
+        cost["bytes_tables"] = plan.stats.bytes_tables
+    else:
         cost["missing"] = "more than the memory"
-        full = stats(1)
-    cost["bits_sealed"] = full.bits_sealed
     return cost
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pykvq.checks import SESSION_RANGES
 from pykvq.console import ProgressBar, UsageError, warn
-from pykvq.errors import SchemeError
+from pykvq.errors import MemoryLimitError, SchemeError
 
 if TYPE_CHECKING:
     from pykvq.model import Model
     from pykvq.sampling_params import SamplingParams
+    from pykvq.session import Session
 
 #: The model that is used where none is named.
 DEFAULT_MODEL = "smollm2"
@@ -300,17 +301,23 @@ def add_topk(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_session(parser: argparse.ArgumentParser, context: str, many: bool = False) -> None:
+def add_session(
+    parser: argparse.ArgumentParser,
+    context: str,
+    many: bool = False,
+    kv: str | None = DEFAULT_KV,
+) -> None:
     """The KV cache and the work on it.
 
     Args:
         parser: What to add them to.
         context: The size of the context that is taken if none is given, in words.
         many: Whether to allow several schemes, divided by commas.
+        kv: The scheme that is taken if none is named; None for all.
     """
     group = parser.add_argument_group("KV cache and threads")
     add_context(group, context)
-    add_kv(group, many=many, default=DEFAULT_KV)
+    add_kv(group, many=many, default=kv)
     if not many:  # perplexity reads many tokens at a time
         add_topk(group)
     group.add_argument(
@@ -318,6 +325,26 @@ def add_session(parser: argparse.ArgumentParser, context: str, many: bool = Fals
     )
     add_threads(group)
     add_profile(group)
+
+
+def add_memory_check(parser: argparse.ArgumentParser) -> None:
+    """Whether what does not fit into the memory is refused."""
+    parser.add_argument(
+        "--no-memory-check",
+        action="store_true",
+        help="try a context that does not fit into the memory; `pykvq plan` says what fits",
+    )
+
+
+def open_session(args: argparse.Namespace, model: Model, n_ctx: int) -> Session:
+    """A session of so many tokens; its refusal says how to insist."""
+    try:
+        with checked():
+            return model.session(n_ctx=n_ctx, memory_check=not args.no_memory_check)
+    except MemoryLimitError as error:
+        if args.no_memory_check:
+            raise
+        raise UsageError(f"{error} -c gives n_ctx; --no-memory-check tries it anyway.") from error
 
 
 def kv_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -35,7 +36,17 @@ from pykvq.errors import DownloadError
 if TYPE_CHECKING:
     from _hashlib import HASH
 
-__all__ = ["Artifact", "Progress", "Source", "Url", "WheelMember", "Wheels", "cache_dir", "fetch"]
+__all__ = [
+    "Artifact",
+    "Progress",
+    "RemoteFile",
+    "Source",
+    "Url",
+    "WheelMember",
+    "Wheels",
+    "cache_dir",
+    "fetch",
+]
 
 #: Called with what is being fetched, and the bytes done and in all; the bytes of a package that
 #: pip fetches are an estimate. An exception from it ends the download, which can be resumed.
@@ -62,6 +73,21 @@ def cache_dir() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     return base / "pykvq" / "models"
+
+
+class RemoteFile(Protocol):
+    """A file elsewhere of which a part can be read."""
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without folders."""
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """Its bytes from `begin` up to `end`; fewer if the file ends before.
+
+        Raises:
+            DownloadError: If they cannot be had.
+        """
 
 
 class Source(Protocol):
@@ -361,6 +387,28 @@ class Url:
         """The file itself."""
         return 1
 
+    @property
+    def name(self) -> str:
+        """See `RemoteFile.name`."""
+        return urllib.parse.unquote(urllib.parse.urlsplit(self.url).path).rpartition("/")[2]
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """See `RemoteFile.read_range`."""
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
+        request = urllib.request.Request(self.url, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+                if response.status == http.client.PARTIAL_CONTENT:
+                    self._check_range(response, begin)
+                    return bytes(response.read(end - begin))
+                return bytes(response.read(end)[begin:])  # the server sends all of it
+        except urllib.error.HTTPError as error:
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:  # it ends before
+                return b""
+            raise DownloadError(f"{self.url} cannot be read: {_reason(error)}.") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise DownloadError(f"{self.url} cannot be read: {_reason(error)}.") from error
+
     def obtain(self, work: Path, n_bytes: int, report: Callable[[int], None]) -> tuple[Path, str]:
         """See `Source.obtain`."""
         part = work / "url.part"
@@ -419,6 +467,9 @@ class Url:
             raise DownloadError(
                 f"{self.url} has {n_done + int(length)} bytes, but {n_bytes} were expected."
             )
+        self._check_range(response, n_done)
+
+    def _check_range(self, response: http.client.HTTPResponse, n_done: int) -> None:
         begin = response.headers.get("Content-Range", f"bytes {n_done}-")
         if not begin.startswith(f"bytes {n_done}-"):
             raise DownloadError(

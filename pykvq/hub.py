@@ -11,13 +11,14 @@ import importlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pykvq.errors import DownloadError, KvqError
 from pykvq.fetch import Progress
 
-__all__ = ["choose_files", "fetch_from_hub"]
+__all__ = ["HubFile", "choose_files", "fetch_from_hub", "files_of_hub", "other_parts"]
 
 #: As for llama.cpp's `-hf`.
 DEFAULT_QUANT = "Q4_K_M"
@@ -56,18 +57,23 @@ def choose_files(files: Sequence[str], quant: str | None, repo: str) -> list[str
             f" {', '.join(models)}."
         )
     first = (matching or models)[0]
-    split = _SPLIT.fullmatch(first)
-    if split is None:
-        return [first]
-    count = split["count"]
-    parts = [f"{split['stem']}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1)]
+    parts = [first, *other_parts(first)]
     missing = [part for part in parts if part not in models]
     if missing:
         raise DownloadError(
-            f"The model {first} of the repository {repo} is split into {int(count)} files, but"
+            f"The model {first} of the repository {repo} is split into {len(parts)} files, but"
             f" {', '.join(missing)} is missing."
         )
     return parts
+
+
+def other_parts(first: str) -> list[str]:
+    """The paths of the other parts of a split model, by that of the first; none if it is whole."""
+    split = _SPLIT.fullmatch(first)
+    if split is None:
+        return []
+    count = split["count"]
+    return [f"{split['stem']}-{i:05d}-of-{count}.gguf" for i in range(2, int(count) + 1)]
 
 
 def fetch_from_hub(
@@ -95,20 +101,34 @@ def fetch_from_hub(
             f"The repository {repo} cannot be fetched, because the Python package huggingface-hub"
             " is not installed."
         ) from error
-    try:
+    with _reaching(repo):
         if offline or constants.HF_HUB_OFFLINE:
             cached = _cached_files(repo)
             return cached[choose_files(list(cached), quant, repo)[0]]
-        with _quiet():
-            # Unlike list_repo_files, this one request is not repeated for half a minute where
-            # there is no network, and it has a limit of time.
-            about = huggingface_hub.HfApi().model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            files = [file.rfilename for file in about.siblings or ()]
-            parts = [
-                huggingface_hub.hf_hub_download(repo, f, tqdm_class=_bar_class(f, progress))
-                for f in choose_files(files, quant, repo)
-            ]
+        parts = [
+            huggingface_hub.hf_hub_download(repo, f, tqdm_class=_bar_class(f, progress))
+            for f in _listed(repo, quant)
+        ]
         return Path(parts[0])
+
+
+def _listed(repo: str, quant: str | None) -> list[str]:
+    """The files of a model of the hub, as the hub lists them."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    # Unlike list_repo_files, this one request is not repeated for half a minute where there is no
+    # network, and it has a limit of time.
+    about = huggingface_hub.HfApi().model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return choose_files([file.rfilename for file in about.siblings or ()], quant, repo)
+
+
+@contextlib.contextmanager
+def _reaching(repo: str) -> Iterator[None]:
+    """Keeps the library quiet and turns its errors into one that names the repository."""
+    try:
+        with _quiet():
+            yield
     except KvqError:
         raise
     except Exception as error:  # the library lets errors of several HTTP libraries through
@@ -117,6 +137,60 @@ def fetch_from_hub(
             f"The repository {repo} cannot be fetched from the Hugging Face hub:"
             f" {reason.rstrip('.') or type(error).__name__}."
         ) from error
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository, of which a part can be read (`pykvq.fetch.RemoteFile`)."""
+
+    repo: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        """See `RemoteFile.name`."""
+        return self.path.rpartition("/")[2]
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """See `RemoteFile.read_range`."""
+        from huggingface_hub import constants, get_session, hf_hub_url
+
+        utils: Any = importlib.import_module("huggingface_hub.utils")
+        headers = utils.build_hf_headers(headers={"Range": f"bytes={begin}-{end - 1}"})
+        with (
+            _reaching(self.repo),
+            get_session().stream(
+                "GET",
+                hf_hub_url(self.repo, self.path),
+                headers=headers,
+                follow_redirects=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            ) as response,
+        ):
+            if response.status_code == 416:  # the file ends before
+                return b""
+            response.raise_for_status()
+            skip = 0 if response.status_code == 206 else begin  # 200: the server sends all of it
+            data = b""
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= skip + end - begin:
+                    break
+            return data[skip : skip + end - begin]
+
+
+def files_of_hub(repo: str, quant: str | None) -> list[HubFile]:
+    """The files of a model of the hub, the first part first, to read parts of them.
+
+    Args:
+        repo: A name such as `user/repository`.
+        quant: See `choose_files`.
+
+    Raises:
+        DownloadError: If there is no such model or the hub cannot be reached.
+    """
+    with _reaching(repo):
+        return [HubFile(repo, path) for path in _listed(repo, quant)]
 
 
 @contextlib.contextmanager

@@ -8,26 +8,27 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pykvq import native
 from pykvq._native import ffi
-from pykvq.checks import SESSION_RANGES, whole_number
+from pykvq.checks import MEMORY_MOST, SESSION_RANGES, whole_number
 from pykvq.closing import Closing
 from pykvq.errors import ModelError
 from pykvq.metadata import Metadata
 from pykvq.native import RopePair, Scheme, Tensor
 from pykvq.sampling_params import SamplingParams
-from pykvq.session import Session
+from pykvq.session import Session, core_options
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from pykvq.chat import ChatTemplate
+    from pykvq.plan import Plan
     from pykvq.tokenizer import Tokenizer
 
 #: Told how far something is: (what, how much is done, of how much). For downloads it counts bytes,
@@ -114,6 +115,8 @@ class Model(Closing):
         kv_topk: int | None = None,
         asymkv_layers: tuple[int, int] | None = None,
         profile: str | os.PathLike[str] | Literal[False] | None = None,
+        memory_check: bool = True,
+        header_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Opens a model, which is downloaded first if need be.
@@ -138,6 +141,10 @@ class Model(Closing):
             profile: What calibration found for the model, which some schemes use: the path of a
                 file that `pykvq calibrate` wrote; None or "auto" for the one beside the model's
                 file, else one that comes with pykvq for this model, if any; False for none.
+            memory_check: Whether a session is refused that does not fit into the memory with the
+                weights; False opens it as long as the system grants the memory.
+            header_only: Whether the file may end behind its header. A model without weights
+                (`has_weights`) can be asked what it is and plan sessions, but open none.
             progress: Told how far downloads and long prompts are.
 
         Raises:
@@ -164,6 +171,7 @@ class Model(Closing):
             "kv_bits": kv_bits,
             "kv_topk": kv_topk,
             "asymkv_layers": asymkv_layers,
+            "memory_check": memory_check,
             "progress": progress,
         }
         self._profile: Path | Literal[False] | None = None
@@ -176,7 +184,7 @@ class Model(Closing):
         from pykvq import catalogue  # takes a while, and only this needs it
 
         path = catalogue.resolve(path_or_name, progress=progress)
-        self._handle = native.ModelHandle(path)
+        self._handle = native.ModelHandle(path, header_only=header_only)
         self._lock = threading.RLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self.metadata = Metadata(self._handle)
@@ -206,7 +214,7 @@ class Model(Closing):
 
     @functools.cached_property
     def fingerprint(self) -> int:
-        """64 bits that tie a profile to this model."""
+        """64 bits that tie a profile to this model; 0 without weights."""
         return self._handle.fingerprint()
 
     @functools.cached_property
@@ -335,6 +343,7 @@ class Model(Closing):
         kv_bits: float | None = None,
         kv_topk: int | None = None,
         asymkv_layers: tuple[int, int] | None = None,
+        memory_check: bool | None = None,
         progress: Progress | None = None,
     ) -> Session:
         """Opens a session: an empty timeline of tokens with a KV cache of its own.
@@ -347,7 +356,7 @@ class Model(Closing):
             UnsupportedError: The scheme has no form for this model.
             ValueError: A number is out of range, the scheme needs a profile and there is none, or
                 the model was closed.
-            MemoryLimitError: The cache does not fit into the memory.
+            MemoryLimitError: Weights and cache do not fit into the memory.
         """
         given = {
             "kv": kv,
@@ -359,18 +368,52 @@ class Model(Closing):
             "kv_bits": kv_bits,
             "kv_topk": kv_topk,
             "asymkv_layers": asymkv_layers,
+            "memory_check": memory_check,
             "progress": progress,
         }
+        options = self._session_options(given)
+        progress = options.pop("progress")
+        with self._lock:
+            session = Session(self, self._handle, core_options(self, **options), progress)
+            self._sessions.add(session)
+        return session
+
+    def plan(self, *, memory: int | None = None, **options: Any) -> Plan:
+        """What a session would take, and the longest one that fits, without opening any.
+
+        Args:
+            memory: Bytes that weights and session may take; by default what is available here.
+            **options: Those of `session`.
+
+        Raises:
+            SchemeError: The KV scheme is not known.
+            UnsupportedError: The scheme has no form for this model.
+            ValueError: As for `session`.
+        """
+        from pykvq.plan import Plan
+
+        merged = self._session_options(options)
+        del merged["progress"]
+        numbers = core_options(self, **merged)
+        if memory is None:
+            memory = native.memory_available()
+        whole_number("memory", memory, 1, MEMORY_MOST)
+        return Plan(
+            stats=native.plan_session(self._handle, **numbers),
+            memory=memory,
+            longest=native.longest_context(self._handle, memory, **numbers),
+        )
+
+    def _session_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a session: what is given, else what the model was opened with."""
         options = dict(self._options)
+        kv = given.get("kv")
         if kv is not None and kv != options["kv"]:
             options.update(
                 kv_window=None, kv_sinks=None, kv_bits=None, kv_topk=None, asymkv_layers=None
             )
         options.update({key: value for key, value in given.items() if value is not None})
-        with self._lock:
-            session = Session(self, self._handle, **options)
-            self._sessions.add(session)
-        return session
+        return options
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -409,6 +452,11 @@ class Model(Closing):
     def rope(self) -> list[RopePair]:
         """The pairs of channels of a head that RoPE turns by position, and how fast."""
         return self._handle.rope()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the file has its weights; only one opened with `header_only` may lack them."""
+        return bool(self._handle.describe().has_weights)
 
     @functools.cached_property
     def has_key_bias(self) -> bool:

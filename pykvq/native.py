@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pykvq._native import ffi, lib
 from pykvq.errors import (
@@ -76,6 +76,31 @@ def _name(chars: CData, length: CData) -> str:
 def version() -> str:
     """The version of the core."""
     return _text(lib.kvq_version())
+
+
+def memory_available() -> int:
+    """Bytes that can be had without paging, cached files such as mapped weights among them."""
+    return lib.kvq_memory_available()
+
+
+def header_bytes(label: str, data: bytes) -> int:
+    """How long the header of a GGUF file is that begins with `data`.
+
+    Args:
+        label: How errors call the file.
+        data: Its first bytes.
+
+    Returns:
+        Bytes of metadata and tensor directory; 0 if they go on behind `data`.
+
+    Raises:
+        ModelError: The file is damaged, or no GGUF file.
+    """
+    out = ffi.new("uint64_t *")
+    check(
+        lib.kvq_header_measure(label.encode(), ffi.from_buffer("uint8_t[]", data), len(data), out)
+    )
+    return int(out[0])
 
 
 def alloc_calls() -> int:
@@ -260,15 +285,22 @@ class RawMeta:
 class ModelHandle:
     """An open `kvq_model`; closed at most once, and never while it is being read."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, header_only: bool = False) -> None:
         """Maps a file.
+
+        Args:
+            path: The file.
+            header_only: Whether it may end behind its header: see `kvq_model_open_header`.
 
         Raises:
             ModelError: The file cannot be read, is damaged or is not supported.
             MemoryLimitError: There is no memory for it.
         """
         out = ffi.new("kvq_model **")
-        check(lib.kvq_model_open(out, os.fsencode(path)))
+        if header_only:
+            check(lib.kvq_model_open_header(out, os.fsencode(path)))
+        else:
+            check(lib.kvq_model_open(out, os.fsencode(path)))
         self._pointer = out[0]
         self.path = os.fsdecode(path)
         self.lock = threading.RLock()
@@ -407,8 +439,12 @@ class SessionStats:
         bytes_sinks: For the first tokens, in f16.
         bytes_sealed: For the sealed blocks of a full context.
         bytes_recent: For the last tokens, in f16.
+        bytes_sealed_k: The keys' part of bytes_sealed.
+        bytes_sealed_v: The values' part.
         bytes_tables: Bases that the scheme has calibrated; sessions share them.
         bytes_scratch: Everything else that the session allocated.
+        bytes_weights: The model's weights, which are mapped; sessions share them.
+        bytes_total: Weights, cache, tables and scratch.
         bits_sealed_k: Bits per element of a sealed block of keys, all its metadata included.
         bits_sealed_v: The same for values.
         bits_full: Bits per element of a full context, everything included.
@@ -434,8 +470,12 @@ class SessionStats:
     bytes_sinks: int
     bytes_sealed: int
     bytes_recent: int
+    bytes_sealed_k: int
+    bytes_sealed_v: int
     bytes_tables: int
     bytes_scratch: int
+    bytes_weights: int
+    bytes_total: int
     bits_sealed_k: float
     bits_sealed_v: float
     bits_full: float
@@ -451,6 +491,96 @@ class SessionStats:
     def bits_sealed(self) -> float:
         """Bits per element of a sealed block, keys and values averaged."""
         return (self.bits_sealed_k + self.bits_sealed_v) / 2
+
+
+def _stats(raw: CData) -> SessionStats:
+    return SessionStats(
+        isa=_text(raw.isa),
+        scheme=_text(raw.scheme),
+        n_ctx=int(raw.n_ctx),
+        n_batch=int(raw.n_batch),
+        n_threads=int(raw.n_threads),
+        sinks=int(raw.sinks),
+        window=int(raw.window),
+        n_tokens=int(raw.n_tokens),
+        n_tokens_sealed=int(raw.n_tokens_sealed),
+        bytes_kv=int(raw.bytes_kv),
+        bytes_sinks=int(raw.bytes_sinks),
+        bytes_sealed=int(raw.bytes_sealed),
+        bytes_recent=int(raw.bytes_recent),
+        bytes_sealed_k=int(raw.bytes_sealed_k),
+        bytes_sealed_v=int(raw.bytes_sealed_v),
+        bytes_tables=int(raw.bytes_tables),
+        bytes_scratch=int(raw.bytes_scratch),
+        bytes_weights=int(raw.bytes_weights),
+        bytes_total=int(raw.bytes_total),
+        bits_sealed_k=float(raw.bits_sealed_k),
+        bits_sealed_v=float(raw.bits_sealed_v),
+        bits_full=float(raw.bits_full),
+        bits_used=float(raw.bits_used),
+        uses_profile=bool(raw.uses_profile),
+        kv_topk=int(raw.kv_topk),
+        bytes_step_k=int(raw.bytes_step_k),
+        bytes_step_v=int(raw.bytes_step_v),
+        n_evaluated=int(raw.n_evaluated),
+        seconds_evaluated=float(raw.seconds_evaluated),
+    )
+
+
+class _Options:
+    """A `kvq_session_options`, with what it points to."""
+
+    def __init__(
+        self,
+        *,
+        scheme: str,
+        n_ctx: int,
+        n_batch: int,
+        n_threads: int,
+        sinks: int,
+        window: int,
+        profile: ProfileHandle | None = None,
+        kv_bits: float = 0.0,
+        kv_topk: int = 0,
+        l_k: int = -1,
+        l_v: int = -1,
+        memory_check: bool = True,
+    ) -> None:
+        self._name = ffi.new("char[]", scheme.encode())
+        self.profile = profile
+        self.raw = ffi.new(
+            "kvq_session_options *",
+            {
+                "scheme": self._name,
+                "n_ctx": n_ctx,
+                "n_batch": n_batch,
+                "n_threads": n_threads,
+                "sinks": sinks,
+                "window": window,
+                "profile": ffi.NULL if profile is None else profile.pointer,
+                "kv_bits": kv_bits,
+                "kv_topk": kv_topk,
+                "l_k": l_k,
+                "l_v": l_v,
+                "no_memory_check": not memory_check,
+            },
+        )
+
+
+def plan_session(model: ModelHandle, **numbers: Any) -> SessionStats:
+    """Calls `kvq_session_plan`; arguments and errors are those of `SessionHandle`."""
+    options, out = _Options(**numbers), ffi.new("kvq_session_stats *")
+    with model.lock:
+        check(lib.kvq_session_plan(model.pointer, options.raw, out))
+    return _stats(out)
+
+
+def longest_context(model: ModelHandle, memory: int, **numbers: Any) -> int:
+    """Calls `kvq_session_longest`; the other arguments and errors are those of `SessionHandle`."""
+    options, out = _Options(**numbers), ffi.new("int32_t *")
+    with model.lock:
+        check(lib.kvq_session_longest(model.pointer, options.raw, memory, out))
+    return int(out[0])
 
 
 def _close_session(
@@ -469,49 +599,18 @@ class SessionHandle:
     a call, the session outlives it. Only `cancel` does not wait.
     """
 
-    def __init__(
-        self,
-        model: ModelHandle,
-        *,
-        scheme: str,
-        n_ctx: int,
-        n_batch: int,
-        n_threads: int,
-        sinks: int,
-        window: int,
-        profile: ProfileHandle | None = None,
-        kv_bits: float = 0.0,
-        kv_topk: int = 0,
-        l_k: int = -1,
-        l_v: int = -1,
-    ) -> None:
-        """Opens a session; the numbers are those of `kvq_session_options`.
+    def __init__(self, model: ModelHandle, **numbers: Any) -> None:
+        """Opens a session; the numbers are those of `kvq_session_options`, as `_Options` has them.
 
         Raises:
             ValueError: A number is out of range.
             UnsupportedError: The scheme has no form for this model.
             MemoryLimitError: The cache does not fit into the memory.
         """
-        name = ffi.new("char[]", scheme.encode())
-        options = ffi.new(
-            "kvq_session_options *",
-            {
-                "scheme": name,
-                "n_ctx": n_ctx,
-                "n_batch": n_batch,
-                "n_threads": n_threads,
-                "sinks": sinks,
-                "window": window,
-                "profile": ffi.NULL if profile is None else profile.pointer,
-                "kv_bits": kv_bits,
-                "kv_topk": kv_topk,
-                "l_k": l_k,
-                "l_v": l_v,
-            },
-        )
+        options = _Options(**numbers)
         out = ffi.new("kvq_session **")
         with model.lock:
-            check(lib.kvq_session_open(out, model.pointer, options))
+            check(lib.kvq_session_open(out, model.pointer, options.raw))
         self._pointer = out[0]
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -519,7 +618,7 @@ class SessionHandle:
         self._cancel_lock = threading.RLock()  # a signal handler may cancel during a cancel
         self._raw = self._describe()
         self._finalizer = weakref.finalize(
-            self, _close_session, self._pointer, self._pid, model, profile
+            self, _close_session, self._pointer, self._pid, model, options.profile
         )
         self._finalizer.atexit = False
 
@@ -640,31 +739,4 @@ class SessionHandle:
 
     def stats(self) -> SessionStats:
         """The statistics as of the last call; any thread may ask."""
-        raw = self._raw
-        return SessionStats(
-            isa=_text(raw.isa),
-            scheme=_text(raw.scheme),
-            n_ctx=int(raw.n_ctx),
-            n_batch=int(raw.n_batch),
-            n_threads=int(raw.n_threads),
-            sinks=int(raw.sinks),
-            window=int(raw.window),
-            n_tokens=int(raw.n_tokens),
-            n_tokens_sealed=int(raw.n_tokens_sealed),
-            bytes_kv=int(raw.bytes_kv),
-            bytes_sinks=int(raw.bytes_sinks),
-            bytes_sealed=int(raw.bytes_sealed),
-            bytes_recent=int(raw.bytes_recent),
-            bytes_tables=int(raw.bytes_tables),
-            bytes_scratch=int(raw.bytes_scratch),
-            bits_sealed_k=float(raw.bits_sealed_k),
-            bits_sealed_v=float(raw.bits_sealed_v),
-            bits_full=float(raw.bits_full),
-            bits_used=float(raw.bits_used),
-            uses_profile=bool(raw.uses_profile),
-            kv_topk=int(raw.kv_topk),
-            bytes_step_k=int(raw.bytes_step_k),
-            bytes_step_v=int(raw.bytes_step_v),
-            n_evaluated=int(raw.n_evaluated),
-            seconds_evaluated=float(raw.seconds_evaluated),
-        )
+        return _stats(self._raw)

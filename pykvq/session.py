@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,39 @@ Observer = Callable[[int, int, FloatArray, FloatArray, FloatArray], None]
 Simulator = Callable[[int, Side, int, FloatArray], None]
 
 
+def core_options(
+    model: Model,
+    *,
+    kv: str,
+    n_ctx: int | None,
+    n_threads: int | None,
+    n_batch: int | None,
+    kv_window: int | None,
+    kv_sinks: int | None,
+    kv_bits: float | None,
+    kv_topk: int | None,
+    asymkv_layers: tuple[int, int] | None,
+    memory_check: bool = True,
+) -> dict[str, Any]:
+    """The options of `Model.session`, checked, as `native.SessionHandle` takes them."""
+    native.scheme_named(kv)
+    l_k, l_v = (-1, -1) if asymkv_layers is None else asymkv_pair(asymkv_layers)
+    return {
+        "scheme": kv,
+        "n_ctx": _option("n_ctx", n_ctx, 0),
+        "n_batch": _option("n_batch", n_batch, 0),
+        "n_threads": _option("n_threads", n_threads, 0),
+        "sinks": _option("kv_sinks", kv_sinks, -1),
+        "window": _option("kv_window", kv_window, -1),
+        "profile": model.profile_for(kv, kv_bits),
+        "kv_bits": 0.0 if kv_bits is None else budget(kv_bits),
+        "kv_topk": _option("kv_topk", kv_topk, 0),
+        "l_k": l_k,
+        "l_v": l_v,
+        "memory_check": memory_check,
+    }
+
+
 class Session(Closing):
     """One timeline of tokens; made by `Model.session`.
 
@@ -61,37 +94,13 @@ class Session(Closing):
         self,
         model: Model,
         handle: ModelHandle,
-        *,
-        kv: str,
-        n_ctx: int | None,
-        n_threads: int | None,
-        n_batch: int | None,
-        kv_window: int | None,
-        kv_sinks: int | None,
-        kv_bits: float | None,
-        kv_topk: int | None,
-        asymkv_layers: tuple[int, int] | None,
+        options: Mapping[str, Any],
         progress: Progress | None,
     ) -> None:
-        """Opens a session; see `Model.session`."""
-        native.scheme_named(kv)
-        l_k, l_v = (-1, -1) if asymkv_layers is None else asymkv_pair(asymkv_layers)
+        """Opens a session with `core_options`; see `Model.session`."""
         self.model = model
         self._progress = progress
-        self._handle = SessionHandle(
-            handle,
-            scheme=kv,
-            n_ctx=_option("n_ctx", n_ctx, 0),
-            n_batch=_option("n_batch", n_batch, 0),
-            n_threads=_option("n_threads", n_threads, 0),
-            sinks=_option("kv_sinks", kv_sinks, -1),
-            window=_option("kv_window", kv_window, -1),
-            profile=model.profile_for(kv, kv_bits),
-            kv_bits=0.0 if kv_bits is None else budget(kv_bits),
-            kv_topk=_option("kv_topk", kv_topk, 0),
-            l_k=l_k,
-            l_v=l_v,
-        )
+        self._handle = SessionHandle(handle, **options)
         stats = self._handle.stats()
         self._n_batch = stats.n_batch
         self._n_vocab = model.info.n_vocab

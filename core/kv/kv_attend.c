@@ -30,7 +30,9 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     a->tile = at_most(at_least(TILE_QUERIES / a->group, 1), n_batch);
     a->segment_blocks =
         at_least(SEGMENT_BLOCKS, (ring->max_blocks + MOST_SEGMENTS - 1) / MOST_SEGMENTS);
-    a->max_segments = (ring->max_blocks + a->segment_blocks - 1) / a->segment_blocks + 1;
+    /* Room for the most that any shorter context has, so that scratch grows with the context. */
+    a->max_segments =
+        at_most((ring->max_blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS, MOST_SEGMENTS) + 1;
 
     const size_t d = (size_t)a->d, kv_heads = (size_t)a->n_kv_heads, batch = (size_t)n_batch;
     const size_t queries = (size_t)n_heads * batch, tile = (size_t)a->tile * (size_t)a->group;

@@ -31,6 +31,7 @@ static uint64_t hash_u64(uint64_t h, uint64_t value) {
 uint64_t kvq_model_fingerprint(const kvq_model *model) {
     enum { SAMPLE = 1024 }; /* bytes of the key weights of each layer */
     uint64_t h = 14695981039346656037u;
+    if (model->is_cut) return 0;
     for (uint64_t i = 0; i < kvq_gguf_tensor_count(model->file); i++) {
         kvq_gguf_tensor t;
         kvq_gguf_tensor_at(model->file, i, &t);
@@ -321,7 +322,7 @@ static kvq_status read_header(const reader *r, const kvq_model *model) {
         meta.type != KVQ_META_U64) {
         return kvq_fail(KVQ_ERR_FORMAT, "metadata key kvq.profile.fingerprint is missing");
     }
-    if (kvq_load_u64(meta.data) != kvq_model_fingerprint(model)) {
+    if (!model->is_cut && kvq_load_u64(meta.data) != kvq_model_fingerprint(model)) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
                         "the profile was calibrated for another model (fingerprint %016llx, "
                         "expected %016llx)",

@@ -33,7 +33,7 @@ void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes,
         ring->sink[side] = take(arena, &bytes->sinks, heads * (size_t)sinks * row);
         ring->recent[side] = take(arena, &bytes->recent, heads * (size_t)ring->recent_rows * row);
         ring->sealed[side] =
-            take(arena, &bytes->sealed,
+            take(arena, &bytes->sealed[side],
                  (size_t)ring->max_blocks * (last->bytes_before + last->block_bytes));
     }
 }

@@ -31,7 +31,7 @@ typedef struct kvq_ring {
 } kvq_ring;
 
 typedef struct kvq_ring_bytes {
-    size_t sinks, sealed, recent;
+    size_t sinks, sealed[KVQ_SIDES], recent;
 } kvq_ring_bytes;
 
 /* Sets the shape for a context of n_ctx tokens and lays out its memory, whose bytes by kind are

@@ -526,7 +526,8 @@ static const char *ring_holds_every_token(void) {
             kvq_ring_lay_out(&ring, &arena, &bytes, tracks, NULL, 1, D, shapes[shape].sinks,
                              shapes[shape].window, N_CTX);
         }
-        TEST_CHECK(bytes.sinks + bytes.sealed + bytes.recent == arena.used);
+        TEST_CHECK(bytes.sinks + bytes.sealed[KVQ_KEYS] + bytes.sealed[KVQ_VALUES] + bytes.recent ==
+                   arena.used);
         int tokens[N_CTX], n = 0, next = 1; /* each token is a number of its own */
         for (int move = 0; move < 60; move++) {
             if (move % 5 == 4) {

@@ -1,0 +1,198 @@
+"""The command `plan`: what models and KV caches take, and what fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pykvq import cli_options as options
+from pykvq.checks import MEMORY_MOST
+from pykvq.console import ProgressBar, UsageError, size, warn
+from pykvq.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from pykvq.model import Model
+    from pykvq.native import Scheme
+    from pykvq.plan import Plan
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def memory_size(text: str) -> int:
+    """A type for argparse: bytes, as 24G, 24GB (10^9 each) or 24GiB (2^30)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])(i?)b?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size of a memory, expected a number with a unit, as 24G or 24GiB"
+        )
+    units = _BINARY_UNITS if found[3] else _UNITS
+    n_bytes = float(found[1]) * units[found[2].lower()]
+    if not 1 <= n_bytes <= MEMORY_MOST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is {n_bytes:.3g} bytes, expected 1 to {float(MEMORY_MOST):.3g}"
+        )
+    return int(n_bytes)
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """How much memory there is."""
+    parser.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="what weights and cache may take, as 24G or 24GiB (default: what this machine has"
+        " available)",
+    )
+
+
+class _Row(NamedTuple):
+    """A scheme as the user spells it, and its plan; or in words why it has none."""
+
+    kv: str
+    scheme: Scheme
+    plan: Plan | None
+    missing: str | None = None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows what sessions would take, without opening any."""
+    from pykvq.kv_names import parse_kv
+    from pykvq.plan import open_header
+
+    named: dict[str, tuple[Scheme, float | None]] = {}
+    for name in options.comma_separated(args.kv or ""):
+        options.check_scheme(name.partition(":")[0])
+        with options.checked():
+            named[name] = parse_kv(name)
+    if args.kv is not None and not named:
+        raise UsageError("--kv names no scheme, expected at least one.")
+    model_name = options.model_name(args)
+    assert model_name is not None  # the command has a default
+    profile: str | Literal[False] | None = False if args.profile == "none" else args.profile
+    with (
+        ProgressBar() as progress,
+        options.checked(),
+        open_header(model_name, profile=profile, progress=progress) as model,
+    ):
+        n_ctx = options.context_size(args, model, model.info.n_ctx_train)
+        rows = _plan(args, model, n_ctx, named)
+        if args.json:
+            print(json.dumps(_as_json(model_name, model, n_ctx, rows)))
+        else:
+            _show(model_name, model, n_ctx, rows, args.memory is None)
+    return 0
+
+
+def _plan(
+    args: argparse.Namespace,
+    model: Model,
+    n_ctx: int,
+    named: dict[str, tuple[Scheme, float | None]],
+) -> list[_Row]:
+    """Plans the schemes that are named, or all; an error if none of them can be planned."""
+    from pykvq import native
+
+    chosen = named or {scheme.name: (scheme, None) for scheme in model.schemes}
+    given = options.session_options(args)
+    kv_bits, asymkv_layers = given.pop("kv_bits"), given.pop("asymkv_layers")
+    if kv_bits is not None and not any(scheme.has_budget for scheme, _ in chosen.values()):
+        raise UsageError(
+            f"--kv-bits is {kv_bits:g}, but the bits of {', '.join(chosen)} are fixed; choose auto"
+            " for a budget."
+        )
+    memory = args.memory or native.memory_available()
+    rows = []
+    refused: list[Exception] = []
+    for name, (scheme, own_bits) in chosen.items():
+        if not named and scheme.profile == "needed" and model.profile_path is None:
+            rows.append(_Row(name, scheme, None, "needs a profile"))
+            continue
+        if own_bits is None and scheme.has_budget:
+            own_bits = kv_bits
+        try:
+            plan = model.plan(
+                kv=scheme.name,
+                n_ctx=n_ctx,
+                memory=memory,
+                kv_bits=own_bits,
+                asymkv_layers=asymkv_layers if scheme.has_layers else None,
+                **given,
+            )
+            rows.append(_Row(name, scheme, plan))
+        except (ValueError, UnsupportedError) as error:
+            refused.append(error)
+            rows.append(_Row(name, scheme, None, "not possible"))
+    if len(refused) == len(rows):
+        raise refused[0]
+    for refusal in refused:
+        warn(str(refusal))
+    return rows
+
+
+def _as_json(name: str, model: Model, n_ctx: int, rows: list[_Row]) -> dict[str, Any]:
+    plans: list[dict[str, Any]] = []
+    for row in rows:
+        entry: dict[str, Any] = {"kv": row.kv, "missing": row.missing}
+        if row.plan is not None:
+            stats = asdict(row.plan.stats)
+            entry.update(fits=row.plan.fits, longest_n_ctx=row.plan.longest)
+            entry.update((key, stats[key]) for key in _STATS)
+        plans.append(entry)
+    return {
+        "model": name,
+        **{key: value for key, value in asdict(model.info).items() if key != "path"},
+        "has_weights": model.has_weights,
+        "profile": None if model.profile_path is None else str(model.profile_path),
+        "n_ctx": n_ctx,
+        "memory": next(row.plan.memory for row in rows if row.plan is not None),
+        "plans": plans,
+    }
+
+
+#: What a plan's JSON has of `SessionStats`: all that does not change with use.
+_STATS = (
+    *("n_batch", "n_threads", "sinks", "window"),
+    *("bytes_weights", "bytes_kv", "bytes_sinks", "bytes_sealed", "bytes_sealed_k"),
+    *("bytes_sealed_v", "bytes_recent", "bytes_tables", "bytes_scratch", "bytes_total"),
+    *("bits_sealed_k", "bits_sealed_v", "bits_full"),
+)
+
+
+def _show(name: str, model: Model, n_ctx: int, rows: list[_Row], available: bool) -> None:
+    about = model.info
+    plans = [row.plan for row in rows if row.plan is not None]
+    here = " available here" if available else ""
+    print(
+        f"{about.name} ({name}): {about.n_layers} layers, {about.n_kv_heads} KV heads of width"
+        f" {about.d_head}, trained on {about.n_ctx_train} tokens\n"
+        f"weights {size(about.bytes_weights)}{'' if model.has_weights else ' (not in this file)'};"
+        f" memory {size(plans[0].memory)}{here}; passes of {plans[0].stats.n_batch} tokens\n"
+    )
+    most = max(plan.stats.bytes_total for plan in plans)
+    unit, divisor = ("GB", 1e9) if most >= 1e10 else ("MB", 1e6)
+    heads = ("keys", "values", "f16 rows", "tables", "scratch", "total", "bits", "fits", "longest")
+    print(f"{f'{n_ctx} tokens, {unit}':<20}" + "".join(f"{head:>9}" for head in heads))
+    marked = False
+    for row in rows:
+        unsuited = model.has_key_bias and row.scheme.key_bias_sensitive
+        marked = marked or unsuited
+        label = f"{row.kv}{' *' if unsuited else ''}"
+        plan = row.plan
+        if plan is None:
+            print(f"{label:<20}  {row.missing}")
+            continue
+        s = plan.stats
+        parts = (s.bytes_sealed_k, s.bytes_sealed_v, plan.bytes_f16_rows, s.bytes_tables)
+        print(
+            f"{label:<20}"
+            + "".join(
+                f"{n_bytes / divisor:9.2f}" for n_bytes in (*parts, s.bytes_scratch, s.bytes_total)
+            )
+            + f"{s.bits_full:9.2f}{'yes' if plan.fits else 'no':>9}{plan.longest:9d}"
+        )
+    if marked:
+        print("* not for keys with a bias, as this model has them")
