@@ -56,8 +56,8 @@ typedef struct work {
     uint8_t *blocks;
     size_t block_bytes, stride; /* stride: to the block that is read next */
     int n_blocks, n;            /* n: queries */
-    float q[MOST_QUERIES * KVQ_D_MAX], o[MOST_QUERIES * KVQ_D_MAX];
-    float s[MOST_QUERIES * KVQ_BLOCK], p[MOST_QUERIES * KVQ_BLOCK];
+    _Alignas(KVQ_ALIGN) float q[MOST_QUERIES * KVQ_D_MAX], o[MOST_QUERIES * KVQ_D_MAX];
+    _Alignas(KVQ_ALIGN) float s[MOST_QUERIES * KVQ_BLOCK], p[MOST_QUERIES * KVQ_BLOCK];
 } work;
 
 static void run_score(work *w) {

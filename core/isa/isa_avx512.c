@@ -17,6 +17,8 @@
 #include "isa/vec_avx512.h"
 
 #include "isa/elementwise_kernels.inl"
+#include "isa/kv_kernels.inl"
+#include "isa/kv_kernels_calibrated.inl"
 #include "isa/weight_kernels.inl"
 
 const kvq_isa kvq_isa_avx512 = {
@@ -30,6 +32,22 @@ const kvq_isa kvq_isa_avx512 = {
 #include "weights.def"
 #undef KVQ_WEIGHT
         },
+    .score = {[KVQ_CODEC_f16] = score_f16,
+              [KVQ_CODEC_q8_0] = score_q8_0,
+              [KVQ_CODEC_q4_0] = score_q4_0,
+              [KVQ_CODEC_u1] = score_u1,
+              [KVQ_CODEC_u2] = score_u2,
+              [KVQ_CODEC_u4] = score_u4,
+              [KVQ_CODEC_mixed] = score_mixed},
+    .accum = {[KVQ_CODEC_f16] = accum_f16,
+              [KVQ_CODEC_q8_0] = accum_q8_0,
+              [KVQ_CODEC_q4_0] = accum_q4_0,
+              [KVQ_CODEC_c8] = accum_c8,
+              [KVQ_CODEC_t1] = accum_t1,
+              [KVQ_CODEC_t2] = accum_t2},
+    .score_rows = score_rows,
+    .accum_rows = accum_rows,
+    .add_waves = add_waves,
     .softmax = softmax,
     .swiglu = swiglu,
 };

@@ -10,6 +10,13 @@
 /* Over the queries of a group: unrolled, so that their sums stay in registers. */
 #define KV_EACH(i, nq) _Pragma("GCC unroll 4") for (int i = 0; i < (nq); i++)
 
+/* Over the vectors of tokens that share what is loaded of a query. */
+#define KV_TOKENS(v) _Pragma("GCC unroll 4") for (int v = 0; v < VD_TOKENS; v++)
+
+/* What is in memory is read again: gcc would read it once, before a loop, into more registers than
+ * there are. */
+#define KV_READ_AGAIN() __asm__ volatile("" ::: "memory")
+
 #define KV_INLINE static inline __attribute__((always_inline))
 
 /* Calls FUNCTION(count, first) with a constant count for queries first .. first + count - 1 of n.
@@ -34,14 +41,14 @@ KV_INLINE vf load_f16(const uint8_t *row, int c) {
 
 KV_INLINE vf load_q8_0(const uint8_t *row, int c) {
     const uint8_t *const group = row + c / 32 * 34;
-    return vf_mul(vf_set(kvq_load_f16(group)), vf_load_i8((const int8_t *)group + 2 + c % 32));
+    return vf_mul(vf_set(load_half(group)), vf_load_i8((const int8_t *)group + 2 + c % 32));
 }
 
 KV_INLINE vf load_q4_0(const uint8_t *row, int c) {
     const uint8_t *const group = row + c / 32 * 18;
     const vi bytes = vi_load_u8(group + 2 + c % 16);
     const vi code = vi_and(c % 32 < 16 ? bytes : vi_shr(bytes, 4), vi_set(15));
-    return vf_mul(vf_set(kvq_load_f16(group)), vf_from_vi(vi_add(code, vi_set(-8))));
+    return vf_mul(vf_set(load_half(group)), vf_from_vi(vi_add(code, vi_set(-8))));
 }
 
 KV_INLINE void score_rows_group(const int nq, load_fn *load, float *s, const float *q,
@@ -66,28 +73,34 @@ KV_INLINE void score_rows_any(load_fn *load, float *s, const kvq_query *query, c
 #undef GROUP
 }
 
-KV_INLINE void accum_rows_group(const int nq, load_fn *load, float *o, const float *p,
-                                const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
-    for (int c = 0; c < d; c += 2 * VF_LANES) {
-        vf a[KV_QUERIES], b[KV_QUERIES];
+/* Two vectors of channels side by side: the sums of one alone would wait for each other. */
+KV_INLINE void accum_rows_part(const int nq, const int vectors, load_fn *load, float *o,
+                               const float *p, const uint8_t *row, size_t row_bytes, int n_rows,
+                               int c, int d) {
+    vf sum[KV_QUERIES][2];
+    KV_EACH(i, nq) {
+        for (int v = 0; v < vectors; v++) sum[i][v] = vf_load(o + i * d + c + v * VF_LANES);
+    }
+    for (int t = 0; t < n_rows; t++, row += row_bytes) {
+        vf value[2];
+        for (int v = 0; v < vectors; v++) value[v] = load(row, c + v * VF_LANES);
         KV_EACH(i, nq) {
-            a[i] = vf_load(o + i * d + c);
-            b[i] = vf_load(o + i * d + c + VF_LANES);
-        }
-        const uint8_t *row = rows;
-        for (int t = 0; t < n_rows; t++, row += row_bytes) {
-            const vf va = load(row, c), vb_ = load(row, c + VF_LANES);
-            KV_EACH(i, nq) {
-                const vf weight = vf_set(p[i * KVQ_BLOCK + t]);
-                a[i] = vf_fma(weight, va, a[i]);
-                b[i] = vf_fma(weight, vb_, b[i]);
-            }
-        }
-        KV_EACH(i, nq) {
-            vf_store(o + i * d + c, a[i]);
-            vf_store(o + i * d + c + VF_LANES, b[i]);
+            const vf weight = vf_set(p[i * KVQ_BLOCK + t]);
+            for (int v = 0; v < vectors; v++) sum[i][v] = vf_fma(weight, value[v], sum[i][v]);
         }
     }
+    KV_EACH(i, nq) {
+        for (int v = 0; v < vectors; v++) vf_store(o + i * d + c + v * VF_LANES, sum[i][v]);
+    }
+}
+
+KV_INLINE void accum_rows_group(const int nq, load_fn *load, float *o, const float *p,
+                                const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
+    int c = 0;
+    for (; c + 2 * VF_LANES <= d; c += 2 * VF_LANES) {
+        accum_rows_part(nq, 2, load, o, p, rows, row_bytes, n_rows, c, d);
+    }
+    if (c < d) accum_rows_part(nq, 1, load, o, p, rows, row_bytes, n_rows, c, d);
 }
 
 KV_INLINE void accum_rows_any(load_fn *load, float *o, const float *p, int n, const uint8_t *rows,
@@ -136,90 +149,115 @@ enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
 typedef struct u_query {
     int8_t q[KVQ_D_MAX]; /* zeros beyond d */
     float at_mean;
-    float unit[U_MOST_GROUPS], zero[U_MOST_GROUPS]; /* zero: -middle * sum of q */
+    float unit[U_MOST_GROUPS], zero[U_MOST_GROUPS]; /* zero: unit * -middle * sum of q */
 } u_query;
 
-static inline void u_prepare(u_query *u, const float *x, const uint8_t *block, float middle,
-                             const kvq_kv_shape *sh) {
-    const int d = sh->d;
+KV_INLINE void u_prepare(const int nq, u_query *u, const float *x, const uint8_t *block,
+                         float middle, const kvq_kv_shape *sh) {
+    const int d = sh->d, group = sh->group;
     const int8_t *const means = (const int8_t *)block + kvq_u_means(sh);
     const uint8_t *const channels = block + kvq_u_means(sh) + d;
-    const float mean_unit = kvq_load_f16(block), channel_unit = kvq_load_f16(block + 4);
-    vf at_mean = vf_zero();
-    for (int g = 0, first = 0; first < d; g++, first += sh->group) {
-        float scaled[KVQ_D_MAX];
-        vf lowest = vf_zero();
-        const int end = first + sh->group;
+    const float mean_unit = load_half(block), channel_unit = load_half(block + 4);
+    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][KVQ_D_MAX], totals[KV_QUERIES];
+    vf at_mean[KV_QUERIES];
+    for (int i = 0; i < KV_QUERIES; i++) at_mean[i] = vf_zero();
+    for (int g = 0, first = 0; first < d; g++, first += group) {
+        const int end = first + group;
+        float largest[KV_QUERIES];
+        vf top[KV_QUERIES], sum[KV_QUERIES], inverse[KV_QUERIES];
+        vi q_sum[KV_QUERIES];
+        for (int i = 0; i < KV_QUERIES; i++) top[i] = sum[i] = vf_zero();
         for (int c = first; c < end; c += VF_LANES) {
-            const vf xc = vf_load(x + c), y = vf_mul(xc, vf_load_u8(channels + c));
-            at_mean = vf_fma(xc, vf_load_i8(means + c), at_mean);
-            lowest = vf_min(lowest, vf_neg_abs(y));
-            vf_store(scaled + c, y);
+            const vf scale = vf_load_u8(channels + c), mean = vf_load_i8(means + c);
+            KV_EACH(i, nq) {
+                const vf xc = vf_load(x + i * d + c), y = vf_mul(xc, scale);
+                at_mean[i] = vf_fma(xc, mean, at_mean[i]);
+                top[i] = vf_max(top[i], vf_abs(y));
+                vf_store(scaled[i] + c, y);
+            }
         }
-        const float largest = vf_largest(vf_neg(lowest));
-        const vf inverse = vf_set(largest > 0 ? 127.0f / largest : 0.0f);
-        vi sum = vi_zero();
+        vf_largests(largest, top);
+        KV_EACH(i, nq) {
+            inverse[i] = vf_set(largest[i] > 0 ? 127.0f / largest[i] : 0.0f);
+            q_sum[i] = vi_zero();
+        }
         for (int c = first; c < end; c += VF_LANES) {
-            const vi rounded = vi_from_vf(vf_mul(vf_load(scaled + c), inverse));
-            sum = vi_add(sum, rounded);
-            vi_store_i8(u->q + c, rounded);
+            KV_EACH(i, nq) {
+                const vi rounded = vi_from_vf(vf_mul(vf_load(scaled[i] + c), inverse[i]));
+                q_sum[i] = vi_add(q_sum[i], rounded);
+                vi_store_i8(u[i].q + c, rounded);
+            }
         }
-        u->unit[g] = channel_unit * largest / 127.0f;
-        u->zero[g] = -middle * vf_sum(vf_from_vi(sum));
+        KV_EACH(i, nq) sum[i] = vf_from_vi(q_sum[i]);
+        vf_sums(totals, sum);
+        KV_EACH(i, nq) {
+            u[i].unit[g] = channel_unit * largest[i] * (1.0f / 127);
+            u[i].zero[g] = u[i].unit[g] * -middle * totals[i];
+        }
     }
-    for (int c = d; c % 32; c++) u->q[c] = 0;
-    u->at_mean = mean_unit * vf_sum(at_mean);
+    vf_sums(totals, at_mean);
+    KV_EACH(i, nq) {
+        for (int c = d; c % 32; c++) u[i].q[c] = 0;
+        u[i].at_mean = mean_unit * totals[i];
+    }
 }
 
-/* A 16-bit lane sums half of the products of a token, each at most 127 * (2^bits - 1); so the sums
- * are widened every 512, 128 or 32 channels. */
 KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float *x,
                              const uint8_t *block, const kvq_kv_shape *sh) {
-    const int n = 32 / bits, span = bits == 1 ? 512 : bits == 2 ? 128 : 32; /* channels */
-    const int fields = 8 / bits;                                            /* of a byte */
-    const uint8_t *codes = block + kvq_u_means(sh) + 2 * sh->d;
-    const vf token_unit = vf_set(kvq_load_f16(block + 2));
-    const vb low = vb_set((1 << bits) - 1);
+    const int n = 32 / bits, fields = 8 / bits, top = (1 << bits) - 1; /* n channels: a word */
+    const int span = vd_most(127 * top) / (2 * fields) * n;   /* channels that a sum can take */
+    const size_t stride = (size_t)kvq_u_words(sh, bits) * 32; /* to the next 8 tokens */
+    const uint8_t *const codes = block + kvq_u_means(sh) + 2 * sh->d;
+    const vf token_unit = vf_set(load_half(block + 2));
+    const vb low = vb_set(top);
     u_query u[KV_QUERIES];
-    KV_EACH(i, nq) u_prepare(&u[i], x + i * sh->d, block, 0.5f * (float)((1 << bits) - 1), sh);
-    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-        vf score[KV_QUERIES];
-        KV_EACH(i, nq) score[i] = vf_set(u[i].at_mean);
+    u_prepare(nq, u, x, block, 0.5f * (float)top, sh);
+    for (int t = 0; t < KVQ_BLOCK; t += VD_TOKENS * VF_LANES) {
+        const uint8_t *word = codes + (size_t)(t / 8) * stride;
+        vf score[KV_QUERIES][VD_TOKENS];
+        KV_EACH(i, nq) KV_TOKENS(v) score[i][v] = vf_set(u[i].at_mean);
         for (int g = 0, c = 0; c < sh->d; g++) {
             const int end = (g + 1) * sh->group;
-            vi dot[KV_QUERIES];
-            KV_EACH(i, nq) dot[i] = vi_zero();
+            vi dot[KV_QUERIES][VD_TOKENS];
+            KV_EACH(i, nq) KV_TOKENS(v) dot[i][v] = vi_zero();
             while (c < end) {
                 const int stop = c + span < end ? c + span : end;
-                vi dot16[KV_QUERIES];
-                KV_EACH(i, nq) dot16[i] = vi_zero();
-                for (; c < stop; c += n, codes += VB_LANES) {
-                    const vb packed = vb_load(codes);
-                    vb code[8];
-                    _Pragma("GCC unroll 8") for (int j = 0; j < fields; j++) {
-                        code[j] = vb_shr(packed, bits * j, low);
+                vd sum[KV_QUERIES][VD_TOKENS];
+                KV_EACH(i, nq) KV_TOKENS(v) sum[i][v] = vd_zero();
+                for (; c < stop; c += n, word += 32) {
+                    vb packed[VD_TOKENS];
+                    KV_TOKENS(v) {
+                        packed[v] =
+                            vb_load_tokens(word + (size_t)(v * VF_LANES / 8) * stride, stride);
                     }
-                    KV_EACH(i, nq) {
-                        const int8_t *const q = u[i].q + c;
-                        _Pragma("GCC unroll 4") for (int j = 0; j < fields; j += 2) {
-                            const vi pair =
-                                vi_add16(vi_madd_u8s8(code[j], vi_set_lanes(q + 4 * j)),
-                                         vi_madd_u8s8(code[j + 1], vi_set_lanes(q + 4 * j + 4)));
-                            dot16[i] = vi_add16(dot16[i], pair);
+                    _Pragma("GCC unroll 4") for (int j = 0; j < fields; j += 2) {
+                        vb code[VD_TOKENS][2];
+                        KV_TOKENS(v) {
+                            code[v][0] = vb_shr(packed[v], bits * j, low);
+                            code[v][1] = vb_shr(packed[v], bits * j + bits, low);
+                        }
+                        KV_EACH(i, nq) {
+                            const int8_t *const q = u[i].q + c + 4 * j;
+                            const vb q0 = vi_set_lanes(q), q1 = vi_set_lanes(q + 4);
+                            KV_TOKENS(v) {
+                                sum[i][v] = vd_add(sum[i][v], code[v][0], q0, code[v][1], q1);
+                            }
                         }
                     }
                 }
-                KV_EACH(i, nq) dot[i] = vi_add(dot[i], vi_widen16(dot16[i]));
+                KV_EACH(i, nq) KV_TOKENS(v) dot[i][v] = vi_add(dot[i][v], vd_total(sum[i][v]));
             }
             const uint8_t *const tokens = block + KVQ_U_SCALES + g * KVQ_BLOCK + t;
-            const vf a = vf_mul(vf_load_u8(tokens), token_unit);
-            KV_EACH(i, nq) {
-                const vf product =
-                    vf_mul(vf_add(vf_from_vi(dot[i]), vf_set(u[i].zero[g])), vf_set(u[i].unit[g]));
-                score[i] = vf_fma(product, a, score[i]);
+            KV_TOKENS(v) {
+                const vf a = vf_mul(vf_load_u8(tokens + v * VF_LANES), token_unit);
+                KV_EACH(i, nq) {
+                    const vf product =
+                        vf_fma(vf_from_vi(dot[i][v]), vf_set(u[i].unit[g]), vf_set(u[i].zero[g]));
+                    score[i][v] = vf_fma(product, a, score[i][v]);
+                }
             }
         }
-        KV_EACH(i, nq) vf_store(s + i * KVQ_BLOCK + t, score[i]);
+        KV_EACH(i, nq) KV_TOKENS(v) { vf_store(s + i * KVQ_BLOCK + t + v * VF_LANES, score[i][v]); }
     }
 }
 
@@ -248,29 +286,33 @@ typedef struct token_weights {
     float unit;
 } token_weights;
 
-KV_INLINE void weigh_tokens(const int nq, token_weights *weights, const float *p,
-                            const uint8_t *scales, float scale_unit) {
+/* For n queries. Not inlined, lest gcc keep the weights in registers, for which there are too many.
+ */
+static __attribute__((noinline)) void weigh_tokens(token_weights *weights, const float *p, int n,
+                                                   const uint8_t *scales, float scale_unit) {
     static const float most = 4095.0f, negligible = 1e-30f;
-    float scaled[KV_QUERIES * KVQ_BLOCK];
-    vf largest[KV_QUERIES];
-    KV_EACH(i, nq) largest[i] = vf_zero();
-    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-        const vf scale = vf_load_u8(scales + t);
-        KV_EACH(i, nq) {
-            const vf weight = vf_mul(vf_load(p + i * KVQ_BLOCK + t), scale);
-            largest[i] = vf_max(largest[i], weight);
-            vf_store(scaled + i * KVQ_BLOCK + t, weight);
+    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][KVQ_BLOCK];
+    float largest[KV_QUERIES];
+    vf top[KV_QUERIES];
+    for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
+    for (int i = 0; i < n; i++) {
+        for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+            const vf weight = vf_mul(vf_load(p + i * KVQ_BLOCK + t), vf_load_u8(scales + t));
+            top[i] = vf_max(top[i], weight);
+            vf_store(scaled[i] + t, weight);
         }
     }
-    KV_EACH(i, nq) {
-        const float top = vf_largest(largest[i]);
-        const vf factor = vf_set(top > negligible ? most / top : 0.0f);
-        weights[i].unit = top * (1.0f / most) * scale_unit;
-        for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-            const vi weight = vi_from_vf(vf_mul(vf_load(scaled + i * KVQ_BLOCK + t), factor));
-            vi_store_u8(weights[i].high + t, vi_shr(weight, 6));
-            vi_store_u8(weights[i].low + t, vi_and(weight, vi_set(63)));
+    vf_largests(largest, top);
+    for (int i = 0; i < n; i++) {
+        const vf factor = vf_set(largest[i] > negligible ? most / largest[i] : 0.0f);
+        for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {
+            vi rounded[4];
+            for (int v = 0; v < 4; v++) {
+                rounded[v] = vi_from_vf(vf_mul(vf_load(scaled[i] + t + v * VF_LANES), factor));
+            }
+            vi_store_sixes(weights[i].high + t, weights[i].low + t, rounded);
         }
+        weights[i].unit = largest[i] * (1.0f / most) * scale_unit;
     }
 }
 
@@ -292,20 +334,21 @@ KV_INLINE void c8_add(const int nq, vw *x, vw *y, vb code0, vb code1, const toke
 
 KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint8_t *block,
                               const kvq_kv_shape *sh) {
-    const int d = sh->d;
-    const float unit = kvq_load_f16(block) * KVQ_LEVEL_UNIT;
-    const uint8_t *scales = block + KVQ_C8_SCALES;
+    const int d = sh->d, group = sh->group;
+    const float unit = load_half(block) * KVQ_LEVEL_UNIT;
+    const uint8_t *scales = block + KVQ_C8_SCALES, *const words = block + kvq_c8_words(sh);
     const vb two_bits = vb_set(3);
-    for (int first = 0; first < d; first += sh->group, scales += KVQ_BLOCK) {
+    for (int first = 0; first < d; first += group, scales += KVQ_BLOCK) {
         token_weights weights[KV_QUERIES];
-        weigh_tokens(nq, weights, p, scales, unit);
-        for (int c = first; c < first + sh->group; c += VF_LANES) { /* half as many pairs */
-            const uint8_t *const words = block + kvq_c8_words(sh) + c / 16 * 192 + c % 16 * 4;
+        weigh_tokens(weights, p, nq, scales, unit);
+        for (int c = first; c < first + group; c += VF_LANES) { /* half as many pairs */
+            const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
             vw x[KV_QUERIES], y[KV_QUERIES];
             vb word[3];
+            KV_READ_AGAIN();
             KV_EACH(i, nq) x[i] = y[i] = vw_zero();
             _Pragma("GCC unroll 3") for (int w = 0; w < 3; w++) {
-                word[w] = vb_load(words + 64 * w);
+                word[w] = vb_load(at + 64 * w);
                 c8_add(nq, x, y, word[w], vi_shr(word[w], 3), weights, 16 * w);
             }
             c8_add(nq, x, y, vb_select(two_bits, vi_shr(word[0], 6), vi_shr(word[2], 4)),

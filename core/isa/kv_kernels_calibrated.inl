@@ -4,136 +4,163 @@
 
 /* ---- mixed: keys of 8, 4, 2, 1 or no bits by channel -------------------------------------- */
 
-enum { MIXED_PLANES = 5 }; /* 8 bits are two planes of 4 */
+enum {
+    MIXED_PLANES = 5,            /* 8 bits are two planes of 4 */
+    MIXED_TOKENS = 2 * VF_LANES, /* that are summed side by side: two vectors */
+    MIXED_PADDED = KVQ_D_MAX + 32
+};
+
+typedef struct mixed_plane {
+    int bits, run, units, at; /* at: where its part of a query begins */
+} mixed_plane;
 
 /* The queries of a group meet a block as integers, plane by plane:
  *     x . key[t] = x . mean + sum over planes of unit * (q . code[t] - middle * sum of q)
  * q has 8 bits and a unit of its own in each run, so a run of small products keeps its precision.
  */
 typedef struct mixed_query {
-    int8_t q[2 * KVQ_D_MAX + VF_LANES]; /* by unit: two channels of a 16-bit lane side by side */
+    int8_t q[KVQ_D_MAX + 32 * KVQ_RUNS]; /* by pairs of units (vi_store_units) */
     float unit[MIXED_PLANES], at_mean;
 } mixed_query;
 
-typedef struct mixed_plane {
-    int bits, units;
-} mixed_plane;
-
-static inline void mixed_prepare(mixed_query *m, const mixed_plane *planes, const float *x,
-                                 const uint8_t *block, const kvq_kv_shape *sh) {
-    const int8_t *const means = (const int8_t *)block + KVQ_MIXED_HEADER;
-    static const float middle[KVQ_RUNS] = {127.5f, 7.5f, 1.5f, 0.5f};
-    const uint8_t *scales = block + KVQ_MIXED_HEADER + sh->d;
-    vf at_mean = vf_zero();
-    for (int c = 0; c < sh->d; c += VF_LANES) {
-        at_mean = vf_fma(vf_load(x + c), vf_load_i8(means + c), at_mean);
+/* Returns the number of units of a token. */
+static inline size_t mixed_find_planes(mixed_plane planes[MIXED_PLANES], const kvq_kv_shape *sh) {
+    static const mixed_plane kinds[MIXED_PLANES] = {
+        {.bits = 4, .run = 0},
+        {.bits = 4, .run = 0}, /* the high halves of 8 bits, the low ones */
+        {.bits = 4, .run = 1},
+        {.bits = 2, .run = 2},
+        {.bits = 1, .run = 3}};
+    size_t n = 0;
+    for (int i = 0, at = 0; i < MIXED_PLANES; i++) {
+        planes[i] = kinds[i];
+        planes[i].units = kvq_mixed_units(sh, kinds[i].run) >> (kinds[i].run == 0);
+        planes[i].at = at;
+        if (i > 0) at += (planes[i].units + 1) / 2 * (32 / kinds[i].bits); /* both halves: one */
+        n += (size_t)planes[i].units;
     }
-    m->at_mean = kvq_load_f16(block) * vf_sum(at_mean);
-    int8_t *q = m->q;
-    for (int run = 0, plane = 0; run < KVQ_RUNS; run++, plane++) {
-        const int n = sh->run[run];
-        const int length = planes[plane].units * 16 / planes[plane].bits;
-        const float scale = kvq_load_f16(block + 2 + 2 * run);
-        if (n == 0) { /* the other planes have their place */
-            plane += run == 0;
-            continue;
-        }
-        float padded[KVQ_D_MAX + VF_LANES]; /* with zeros, to whole units and vectors */
-        memcpy(padded, x, (size_t)n * sizeof *x);
-        memset(padded + n, 0, (size_t)(length - n + VF_LANES) * sizeof *x);
-        vf lowest = vf_zero();
-        for (int c = 0; c < length; c += VF_LANES) { /* behind the scales are units: times 0 */
-            const vf scaled = vf_mul(vf_load(padded + c), vf_load_u8(scales + c));
-            vf_store(padded + c, scaled);
-            lowest = vf_min(lowest, vf_neg_abs(scaled));
-        }
-        const float largest = vf_largest(vf_neg(lowest));
-        const vf inverse = vf_set(largest > 0 ? 127.0f / largest : 0.0f);
-        vi sums = vi_zero();
-        for (int c = 0; c < length;
-             c += VF_LANES) { /* what it writes too much, the next run mends */
-            const vi rounded = vi_from_vf(vf_mul(vf_load(padded + c), inverse));
-            sums = vi_add(sums, rounded);
-            vi_store_i8(q + c, rounded);
-        }
-        const float sum = vf_sum(vf_from_vi(sums));
-        m->unit[plane] = scale * largest / 127.0f;
-        m->at_mean -= m->unit[plane] * middle[run] * sum;
-        q += length;
-        x += n;
-        scales += n;
-        if (run == 0) { /* the low halves see the same query */
-            memcpy(q, q - length, (size_t)length);
-            q += length;
-            m->unit[1] = m->unit[0];
-            m->unit[0] *= 16.0f;
-            plane = 1;
-        }
-    }
+    return n;
 }
 
-/* Adds to `dot`, for 16 tokens, the products with `units` units of `bits`-bit codes. A 16-bit lane
- * grows by at most 2 * 127 * (2^bits - 1) per pair of channels, so it is widened in time. */
-KV_INLINE void mixed_add(const int nq, const int bits, vi low[], vi high[], const uint8_t *codes,
-                         int units, const mixed_query *m, int at) {
-    const int most_units = bits == 4 ? 4 : bits == 2 ? 8 : 16;
-    const int fields = 8 / bits; /* of a byte */
-    const vb mask = vb_set((char)((1 << bits) - 1));
+KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *planes,
+                             const float *x, const uint8_t *block, const kvq_kv_shape *sh) {
+    static const float middle[KVQ_RUNS] = {127.5f, 7.5f, 1.5f, 0.5f};
+    const int d = sh->d;
+    const int8_t *const means = (const int8_t *)block + KVQ_MIXED_HEADER;
+    const uint8_t *scales = block + KVQ_MIXED_HEADER + d;
+    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][MIXED_PADDED], totals[KV_QUERIES];
+    vf sum[KV_QUERIES];
+    for (int i = 0; i < KV_QUERIES; i++) sum[i] = vf_zero();
+    for (int c = 0; c < d; c += VF_LANES) {
+        const vf mean = vf_load_i8(means + c);
+        KV_EACH(i, nq) sum[i] = vf_fma(vf_load(x + i * d + c), mean, sum[i]);
+    }
+    vf_sums(totals, sum);
+    KV_EACH(i, nq) m[i].at_mean = load_half(block) * totals[i];
+    for (int plane = 1; plane < MIXED_PLANES; plane++) {
+        const int run = planes[plane].run, n = sh->run[run];
+        const float unit = load_half(block + 2 + 2 * run) * (1.0f / 127);
+        float largest[KV_QUERIES];
+        vf top[KV_QUERIES], inverse[KV_QUERIES];
+        vi q_sum[KV_QUERIES];
+        if (n == 0) continue;
+        for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
+        for (int c = 0; c < (int)kvq_round_up((size_t)n, 32); c += VF_LANES) {
+            const vf scale = vf_load_u8(scales + c); /* units lie behind the scales: times 0 */
+            KV_EACH(i, nq) {
+                const vf y = vf_mul(vf_load_first(x + i * d + c, n - c), scale);
+                top[i] = vf_max(top[i], vf_abs(y));
+                vf_store(scaled[i] + c, y);
+            }
+        }
+        vf_largests(largest, top);
+        KV_EACH(i, nq) {
+            inverse[i] = vf_set(largest[i] > 0 ? 127.0f / largest[i] : 0.0f);
+            q_sum[i] = vi_zero();
+        }
+        for (int c = 0; c < n; c += 32) { /* what it writes too much, the next run mends */
+            KV_EACH(i, nq) {
+                vi rounded[32 / VF_LANES];
+                for (int v = 0; v < 32 / VF_LANES; v++) {
+                    rounded[v] =
+                        vi_from_vf(vf_mul(vf_load(scaled[i] + c + v * VF_LANES), inverse[i]));
+                    q_sum[i] = vi_add(q_sum[i], rounded[v]);
+                }
+                vi_store_units(m[i].q + planes[plane].at + c, rounded, planes[plane].bits);
+            }
+        }
+        KV_EACH(i, nq) sum[i] = vf_from_vi(q_sum[i]);
+        vf_sums(totals, sum);
+        KV_EACH(i, nq) {
+            m[i].unit[plane] = unit * largest[i];
+            m[i].at_mean -= m[i].unit[plane] * middle[run] * totals[i];
+        }
+        x += n;
+        scales += n;
+    }
+    KV_EACH(i, nq) m[i].unit[0] = 16.0f * m[i].unit[1];
+}
+
+/* Adds to `dot`, for MIXED_TOKENS tokens, the products with `units` units of `bits`-bit codes, two
+ * at a time: four channels of a token to a lane. */
+KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], const uint8_t *codes,
+                         size_t stride, int units, const mixed_query *m, int at) {
+    const int fields = 8 / bits, top = (1 << bits) - 1;           /* fields: of a byte */
+    const int most_units = vd_most(127 * top) / (2 * fields) * 2; /* that a sum can take */
+    const vb mask = vb_set(top);
     while (units > 0) {
-        const int n = units < most_units ? units : most_units;
-        vi dot[KV_QUERIES];
-        KV_EACH(i, nq) dot[i] = vi_zero();
-        for (int u = 0; u < n; u++, codes += VB_LANES) {
-            const vb packed = vb_load(codes);
-            _Pragma("GCC unroll 8") for (int j = 0; j < fields; j++, at += 2) {
-                const vb code = vb_shr(packed, bits * j, mask);
+        const int left = units - most_units;
+        vd sum[KV_QUERIES][2];
+        KV_EACH(i, nq) sum[i][0] = sum[i][1] = vd_zero();
+        for (; units > 0 && units > left; units -= 2, codes += 64) {
+            vb packed[2];
+            vb_load_units(packed, codes, stride, units);
+            _Pragma("GCC unroll 4") for (int j = 0; j < fields; j += 2, at += 8) {
+                const vb code00 = vb_shr(packed[0], bits * j, mask);
+                const vb code01 = vb_shr(packed[0], bits * j + bits, mask);
+                const vb code10 = vb_shr(packed[1], bits * j, mask);
+                const vb code11 = vb_shr(packed[1], bits * j + bits, mask);
                 KV_EACH(i, nq) {
-                    dot[i] = vi_add16(dot[i], vi_madd_u8s8(code, vi_set_pairs(m[i].q + at)));
+                    const vb q0 = vi_set_lanes(m[i].q + at), q1 = vi_set_lanes(m[i].q + at + 4);
+                    sum[i][0] = vd_add(sum[i][0], code00, q0, code01, q1);
+                    sum[i][1] = vd_add(sum[i][1], code10, q0, code11, q1);
                 }
             }
         }
         KV_EACH(i, nq) {
-            low[i] = vi_add(low[i], vi_first16(dot[i]));
-            high[i] = vi_add(high[i], vi_last16(dot[i]));
+            dot[i][0] = vi_add(dot[i][0], vd_total(sum[i][0]));
+            dot[i][1] = vi_add(dot[i][1], vd_total(sum[i][1]));
         }
-        units -= n;
     }
 }
 
 KV_INLINE void score_mixed_group(const int nq, float *s, const float *x, const uint8_t *block,
                                  const kvq_kv_shape *sh) {
-    const int d = sh->d, n8 = kvq_mixed_units(sh, 0) / 2;
-    const mixed_plane planes[MIXED_PLANES] = {{4, n8},
-                                              {4, n8},
-                                              {4, kvq_mixed_units(sh, 1)},
-                                              {2, kvq_mixed_units(sh, 2)},
-                                              {1, kvq_mixed_units(sh, 3)}};
-    const uint8_t *codes = block + kvq_mixed_units_at(sh);
+    mixed_plane planes[MIXED_PLANES];
     mixed_query m[KV_QUERIES];
-    KV_EACH(i, nq) mixed_prepare(&m[i], planes, x + i * d, block, sh);
-    for (int t = 0; t < KVQ_BLOCK; t += 16) {
-        vf low[KV_QUERIES], high[KV_QUERIES];
-        KV_EACH(i, nq) low[i] = high[i] = vf_set(m[i].at_mean);
-        for (int plane = 0, at = 0; plane < MIXED_PLANES; plane++) {
+    const size_t stride = mixed_find_planes(planes, sh) * 32;
+    mixed_prepare(nq, m, planes, x, block, sh);
+    for (int t = 0; t < KVQ_BLOCK; t += MIXED_TOKENS) {
+        const uint8_t *codes = block + kvq_mixed_units_at(sh) + (size_t)(t / 16) * stride;
+        vf score[KV_QUERIES][2];
+        KV_EACH(i, nq) score[i][0] = score[i][1] = vf_set(m[i].at_mean);
+        for (int plane = 0; plane < MIXED_PLANES; plane++) {
             const int bits = planes[plane].bits, units = planes[plane].units;
+            const int at = planes[plane].at;
             if (units == 0) continue;
-            vi dot_low[KV_QUERIES], dot_high[KV_QUERIES];
-            KV_EACH(i, nq) dot_low[i] = dot_high[i] = vi_zero();
-            if (bits == 4) mixed_add(nq, 4, dot_low, dot_high, codes, units, m, at);
-            if (bits == 2) mixed_add(nq, 2, dot_low, dot_high, codes, units, m, at);
-            if (bits == 1) mixed_add(nq, 1, dot_low, dot_high, codes, units, m, at);
+            vi dot[KV_QUERIES][2];
+            KV_EACH(i, nq) dot[i][0] = dot[i][1] = vi_zero();
+            if (bits == 4) mixed_add(nq, 4, dot, codes, stride, units, m, at);
+            if (bits == 2) mixed_add(nq, 2, dot, codes, stride, units, m, at);
+            if (bits == 1) mixed_add(nq, 1, dot, codes, stride, units, m, at);
             KV_EACH(i, nq) {
                 const vf unit = vf_set(m[i].unit[plane]);
-                low[i] = vf_fma(vf_from_vi(dot_low[i]), unit, low[i]);
-                high[i] = vf_fma(vf_from_vi(dot_high[i]), unit, high[i]);
+                score[i][0] = vf_fma(vf_from_vi(dot[i][0]), unit, score[i][0]);
+                score[i][1] = vf_fma(vf_from_vi(dot[i][1]), unit, score[i][1]);
             }
-            codes += units * VB_LANES;
-            at += units * 16 / bits;
+            codes += units * 32;
         }
-        KV_EACH(i, nq) {
-            vf_store(s + i * KVQ_BLOCK + t, low[i]);
-            vf_store(s + i * KVQ_BLOCK + t + VF_LANES, high[i]);
-        }
+        KV_EACH(i, nq) vf_store_units(s + i * KVQ_BLOCK + t, score[i]);
     }
 }
 
@@ -170,10 +197,11 @@ KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *l
     const int n_words = 2 * bits, fields = 8 / bits; /* fields: of a byte */
     const vb levels = vb_set16(level);
     token_weights weights[KV_QUERIES];
-    weigh_tokens(nq, weights, p, block + 4, kvq_load_f16(block) * KVQ_LEVEL_UNIT);
+    weigh_tokens(weights, p, nq, block + 4, load_half(block) * KVQ_LEVEL_UNIT);
     for (int c = 0; c < d; c += VF_LANES) {
         const uint8_t *words = block + KVQ_T_HEADER + (c / 16 * n_words * 16 + c % 16) * 4;
         vw sum[KV_QUERIES];
+        KV_READ_AGAIN();
         KV_EACH(i, nq) sum[i] = vw_zero();
         vi before = vi_zero();
         for (int t = 0; t < KVQ_BLOCK; words += 64) {

@@ -47,8 +47,6 @@ static inline float vf_largest(vf a) { /* of all lanes */
 }
 
 static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
-static inline vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
-static inline vf vf_neg(vf a) { return _mm256_xor_ps(a, vf_set(-0.0f)); }
 static inline vf vf_neg_abs(vf a) { return _mm256_or_ps(a, vf_set(-0.0f)); }
 static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of x */
     return _mm256_blendv_ps(no, yes, x);
@@ -257,9 +255,25 @@ static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
 
 /* ---- words of integer products ----------------------------------------------------------- */
 
-static inline void vi_store_u8(uint8_t *p, vi a) { /* the low byte of each lane; lanes in 0..127 */
-    vi_store_i8((int8_t *)p, a);
+static inline float load_half(const void *p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(kvq_load_u16(p))));
 }
+static inline vf vf_abs(vf a) { return _mm256_andnot_ps(vf_set(-0.0f), a); }
+
+/* Of four vectors, the sum or the largest of all lanes of each. The order of the additions is the
+ * same for all. */
+#define VF_OF_EACH(NAME, OP)                                                                       \
+    static inline void NAME(float out[4], const vf a[4]) {                                         \
+        __m128 h[4];                                                                               \
+        for (int i = 0; i < 4; i++) {                                                              \
+            h[i] = OP(_mm256_castps256_ps128(a[i]), _mm256_extractf128_ps(a[i], 1));               \
+        }                                                                                          \
+        const __m128 ab = OP(_mm_unpacklo_ps(h[0], h[1]), _mm_unpackhi_ps(h[0], h[1]));            \
+        const __m128 cd = OP(_mm_unpacklo_ps(h[2], h[3]), _mm_unpackhi_ps(h[2], h[3]));            \
+        _mm_storeu_ps(out, OP(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));                      \
+    }
+VF_OF_EACH(vf_sums, _mm_add_ps)
+VF_OF_EACH(vf_largests, _mm_max_ps)
 
 /* 8 or 16 bytes, repeated. */
 static inline vb vb_set8(const void *p) {
@@ -282,16 +296,83 @@ static inline vb vb_select(vb mask, vb a, vb b) { /* bits of a where the mask ha
 /* Of each four lanes: a0 + a1, a2 + a3, b0 + b1, b2 + b3. */
 static inline vi vi_add_pairs(vi a, vi b) { return _mm256_hadd_epi32(a, b); }
 
-/* vw: sums of weighed bytes, in each lane those of its four bytes. A weight of 12 bits comes as its
- * high and low six; then two products fit 16 bits and a second two may be added to them. */
+/* vd: sums of products u * s with s in -127..127, each lane those of its four bytes, in the end
+ * (vd_total). Until then a half of a lane takes vd_most(m) products of magnitudes up to m; one
+ * vd_add gives it four. */
+#define VD_TOKENS 1 /* vectors of tokens that are summed side by side */
+typedef vi vd;
+static inline int vd_most(int m) { return 32767 / m; }
+static inline vd vd_zero(void) { return vi_zero(); }
+static inline vd vd_add(vd sum, vb u0, vb s0, vb u1, vb s1) {
+    return vi_add16(sum, vi_add16(vi_madd_u8s8(u0, s0), vi_madd_u8s8(u1, s1)));
+}
+static inline vi vd_total(vd sum) { return vi_widen16(sum); }
+
+/* vw: sums of weighed bytes, each lane those of its four. A weight of 12 bits comes as its high and
+ * low six: two products fit 16 bits then, and a second two may be added to them. */
 typedef vi vw;
 static inline vw vw_zero(void) { return vi_zero(); }
 static inline vw vw_add(vw sum, vb high0, vb low0, vb s0, vb high1, vb low1, vb s1) {
     const vi high = vi_add16(vi_madd_u8s8(high0, s0), vi_madd_u8s8(high1, s1));
     const vi low = vi_add16(vi_madd_u8s8(low0, s0), vi_madd_u8s8(low1, s1));
     sum = vi_add(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(64)));
-    return vi_add(sum, vi_widen16(low));
+    sum = vi_add(sum, vi_widen16(low));
+    __asm__("" : "+x"(sum)); /* now, as in vi_dot16 */
+    return sum;
 }
 static inline vi vw_total(vw sum) { return sum; }
+
+/* The low bytes of the lanes, which are in -128..127, in their order. */
+static inline vb vb_from_vi(const vi a[4]) {
+    const __m256i first = _mm256_packs_epi32(a[0], a[1]), last = _mm256_packs_epi32(a[2], a[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works in halves */
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
+}
+/* The high and the low six of lanes in 0..4095, as bytes in their order. */
+static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
+    vi h[4], l[4];
+    for (int i = 0; i < 4; i++) {
+        h[i] = vi_shr(a[i], 6);
+        l[i] = vi_and(a[i], vi_set(63));
+    }
+    _mm256_storeu_si256((__m256i *)high, vb_from_vi(h));
+    _mm256_storeu_si256((__m256i *)low, vb_from_vi(l));
+}
+
+/* The first n of the numbers at p, zeros in the other lanes; n may be any number. */
+static inline vf vf_load_first(const float *p, int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(vi_set(n), lane));
+}
+
+/* Words of 32 bits of 8 tokens at p; sets with more lanes have the next tokens at p + stride. */
+static inline vb vb_load_tokens(const uint8_t *p, size_t stride) {
+    (void)stride;
+    return vb_load(p);
+}
+
+/* Units of 16 bits of 2 * VF_LANES tokens, two units side by side in each lane: those at p and
+ * p + 32, or the first one twice where n, the units that are left, is 1. Sets with more lanes have
+ * the next 16 tokens at p + stride. Tokens come in an order that vf_store_units undoes. */
+static inline void vb_load_units(vb pair[2], const uint8_t *p, size_t stride, int n) {
+    const __m256i first = vb_load(p), second = vb_load(n > 1 ? p + 32 : p);
+    (void)stride;
+    pair[0] = _mm256_unpacklo_epi16(first, second);
+    pair[1] = _mm256_unpackhi_epi16(first, second);
+}
+static inline void vf_store_units(float *p, const vf a[2]) {
+    vf_store(p, _mm256_permute2f128_ps(a[0], a[1], 0x20));
+    vf_store(p + 8, _mm256_permute2f128_ps(a[0], a[1], 0x31));
+}
+/* 32 channels, in -127..127, as what two units in a lane are multiplied with: the bytes of two
+ * units of 16 / bits channels alternate in pairs. */
+static inline void vi_store_units(int8_t *p, const vi a[4], int bits) {
+    const __m128i fours = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    const __m128i eights = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    __m256i bytes = vb_from_vi(a);
+    if (bits == 1) bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
+    const __m256i order = _mm256_broadcastsi128_si256(bits == 4 ? fours : eights);
+    _mm256_storeu_si256((__m256i *)p, _mm256_shuffle_epi8(bytes, order));
+}
 
 #endif

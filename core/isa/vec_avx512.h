@@ -174,4 +174,122 @@ static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
     return (float)_mm512_reduce_add_epi32(sum);
 }
 
+/* ---- words of the KV kernels ------------------------------------------------------------- */
+
+static inline vf vf_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+static inline vi vi_load_u8(const uint8_t *p) { /* 16 bytes, one to a lane */
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+static inline vf vf_load_u8(const uint8_t *p) { return _mm512_cvtepi32_ps(vi_load_u8(p)); }
+static inline vf vf_load_first(const float *p, int n) { /* the first n, zeros in the other lanes */
+    const __mmask16 mask = n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0;
+    return _mm512_maskz_loadu_ps(mask, p);
+}
+static inline vi vi_from_vf(vf a) { return _mm512_cvtps_epi32(a); } /* to nearest even */
+static inline void vi_store_i8(int8_t *p, vi a) {                   /* the low byte of each lane */
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a));
+}
+static inline vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+#define vi_shl(a, n) _mm512_slli_epi32(a, n)
+static inline vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
+
+/* ---- words of integer products, as in vec_avx2.h ------------------------------------------ */
+
+static inline float load_half(const void *p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(kvq_load_u16(p))));
+}
+static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+#define VF_OF_EACH(NAME, OP)                                                                       \
+    static inline void NAME(float out[4], const vf a[4]) {                                         \
+        const __m512 ab =                                                                          \
+            _mm512_##OP(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));           \
+        const __m512 cd =                                                                          \
+            _mm512_##OP(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));           \
+        const __m512 q =                                                                           \
+            _mm512_##OP(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));         \
+        const __m256 h = _mm256_##OP(_mm512_castps512_ps256(q), _mm512_extractf32x8_ps(q, 1));     \
+        _mm_storeu_ps(out, _mm_##OP(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));      \
+    }
+VF_OF_EACH(vf_sums, add_ps)
+VF_OF_EACH(vf_largests, max_ps)
+
+static inline vb vb_set8(const void *p) {
+    int64_t x;
+    memcpy(&x, p, 8);
+    return _mm512_set1_epi64(x);
+}
+static inline vb vb_set16(const void *p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
+}
+static inline vb vb_lookup16(vb table, vb index) {
+    return _mm512_shuffle_epi8(table, vb_and(index, vb_set(15)));
+}
+static inline vb vb_select(vb mask, vb a, vb b) {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
+}
+static inline vi vi_add_pairs(vi a, vi b) {
+    const __m512 fa = _mm512_castsi512_ps(a), fb = _mm512_castsi512_ps(b);
+    const __m512 even = _mm512_shuffle_ps(fa, fb, 0x88), odd = _mm512_shuffle_ps(fa, fb, 0xdd);
+    return vi_add(_mm512_castps_si512(even), _mm512_castps_si512(odd));
+}
+
+#define VD_TOKENS 2
+typedef vi vd;
+static inline int vd_most(int m) { return INT32_MAX / 2 / m; }
+static inline vd vd_zero(void) { return vi_zero(); }
+static inline vd vd_add(vd sum, vb u0, vb s0, vb u1, vb s1) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, u0, s0), u1, s1);
+}
+static inline vi vd_total(vd sum) { return sum; }
+
+typedef struct vw {
+    vi high, low;
+} vw;
+static inline vw vw_zero(void) { return (vw){vi_zero(), vi_zero()}; }
+static inline vw vw_add(vw sum, vb high0, vb low0, vb s0, vb high1, vb low1, vb s1) {
+    const vi high = _mm512_dpbusd_epi32(sum.high, high0, s0);
+    const vi low = _mm512_dpbusd_epi32(sum.low, low0, s0);
+    return (vw){_mm512_dpbusd_epi32(high, high1, s1), _mm512_dpbusd_epi32(low, low1, s1)};
+}
+static inline vi vw_total(vw sum) { return vi_add(vi_shl(sum.high, 6), sum.low); }
+
+static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
+    /* the packs work in quarters of a vector */
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i first = _mm512_packs_epi32(a[0], a[1]), last = _mm512_packs_epi32(a[2], a[3]);
+    const __m512i h = _mm512_packus_epi16(_mm512_srli_epi16(first, 6), _mm512_srli_epi16(last, 6));
+    const __m512i l = _mm512_packus_epi16(_mm512_and_si512(first, _mm512_set1_epi16(63)),
+                                          _mm512_and_si512(last, _mm512_set1_epi16(63)));
+    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, h));
+    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, l));
+}
+
+static inline vb vb_load_tokens(const uint8_t *p, size_t stride) {
+    const __m256i first = _mm256_loadu_si256((const __m256i *)p);
+    const __m256i next = _mm256_loadu_si256((const __m256i *)(p + stride));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), next, 1);
+}
+static inline void vb_load_units(vb pair[2], const uint8_t *p, size_t stride, int n) {
+    const __m512i order = _mm512_set_epi32(
+        0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007,
+        0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+    const __mmask8 there = n > 1 ? 0xff : 0x0f;
+    pair[0] = _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi64(there, p));
+    pair[1] = _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi64(there, p + stride));
+}
+static inline void vf_store_units(float *p, const vf a[2]) {
+    vf_store(p, a[0]);
+    vf_store(p + 16, a[1]);
+}
+static inline void vi_store_units(int8_t *p, const vi a[2], int bits) {
+    const __m128i fours = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    const __m128i eights = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    __m256i bytes = _mm256_setr_m128i(_mm512_cvtepi32_epi8(a[0]), _mm512_cvtepi32_epi8(a[1]));
+    if (bits == 1) bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
+    const __m256i order = _mm256_broadcastsi128_si256(bits == 4 ? fours : eights);
+    _mm256_storeu_si256((__m256i *)p, _mm256_shuffle_epi8(bytes, order));
+}
+
 #endif
