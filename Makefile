@@ -22,7 +22,7 @@ FUZZ_TARGETS = gguf profile
 
 .PHONY: help setup run test lib ext pull test-c test-py sanitize fuzz fuzz-libfuzzer lint format \
         $(FUZZ_TARGETS:%=fuzz-%) $(FUZZ_TARGETS:%=fuzz-libfuzzer-%) \
-        bench-weights bench-kv quality accuracy tables clean
+        bench-weights bench-kv quality speed accuracy tables clean
 help: ## print this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -159,6 +159,10 @@ quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_D
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --tasks kl --chunks 16
 	$(PY) bench/quality.py smollm2 --text frankenstein.txt --tasks kl --chunks 8
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --text frankenstein.txt --tasks kl --chunks 8
+
+speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 20 minutes)
+	$(PY) bench/speed.py smollm2 --depths 0,2048,8192
+	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,2048,8192,32768 --fill
 
 accuracy: ext ## measure how near the logits are to float32, ours and llama.cpp's (needs PYKVQ_DATA)
 	$(PY) bench/accuracy.py smollm2

@@ -1,8 +1,10 @@
 /* bench_weights.c: speed of the products of every weight format, on one core.
  *
- *   1 token:     nanoseconds per row of 4096 columns and weight bytes per second, over a matrix
- *                larger than the caches (512 MiB; an argument gives another number of MiB)
- *   512 tokens:  10^9 operations (2 per weight and token) per second, for shapes of small models
+ *   1 token:          nanoseconds per row of 4096 columns and weight bytes per second, over a
+ *                     matrix larger than the caches (512 MiB; an argument gives another number of
+ *                     MiB)
+ *   16, 512 tokens:   10^9 operations (2 per weight and token) per second, for shapes of small
+ *                     models
  *
  * Time is that of the processor, since others may use it as well.
  *
@@ -15,7 +17,6 @@
 #include "isa/isa.h"
 
 #define DECODE_COLUMNS 4096
-#define PROMPT_TOKENS 512
 
 static double seconds(void) {
     struct timespec t;
@@ -73,10 +74,21 @@ static double time_product(const kvq_isa *isa, kvq_weight_kind kind, float *y, c
     return best;
 }
 
+/* 10^9 operations per second on a matrix of rows by columns. */
+static double speed(const kvq_isa *isa, kvq_weight_kind kind, const uint8_t *w, size_t n_tok,
+                    size_t rows, size_t columns) {
+    kvq_activations a = activations(isa, n_tok, columns);
+    float *const y = allocate(n_tok * rows * sizeof *y);
+    const double taken = time_product(isa, kind, y, w, rows, &a);
+    kvq_free(y);
+    release(&a);
+    return 2e-9 * (double)n_tok * (double)(rows * columns) / taken;
+}
+
 int main(int argc, char **argv) {
-    static const size_t shapes[][2] = {
-        {576, 576}, {1536, 576}, {576, 1536}, {4864, 896}, {896, 4864}};
-    enum { SHAPES = sizeof shapes / sizeof *shapes };
+    static const size_t shapes[][2] = {{576, 576}, {576, 1536}, {4864, 896}, {896, 4864}};
+    static const size_t tokens[] = {16, 512};
+    enum { SHAPES = sizeof shapes / sizeof *shapes, COUNTS = sizeof tokens / sizeof *tokens };
     const size_t mebibytes = argc > 1 ? strtoul(argv[1], NULL, 10) : 512;
     const kvq_isa *isa;
     if (mebibytes == 0 || mebibytes > 65536) {
@@ -89,9 +101,15 @@ int main(int argc, char **argv) {
         return 1;
     }
 
-    printf("isa %s\n%-6s %8s %7s |  GOP/s at %d tokens, rows x columns\n%-6s %8s %7s |", isa->name,
-           "", "ns/row", "GB/s", PROMPT_TOKENS, "", "", "");
-    for (int s = 0; s < SHAPES; s++) printf("%6zux%-5zu", shapes[s][0], shapes[s][1]);
+    printf("isa %s\n%-6s %8s %7s |", isa->name, "", "1 token", "");
+    for (int n = 0; n < COUNTS; n++) {
+        printf(" %4zu tokens, GOP/s%*s|", tokens[n], SHAPES * 11 - 19, "");
+    }
+    printf("\n%-6s %8s %7s |", "", "ns/row", "GB/s");
+    for (int n = 0; n < COUNTS; n++) {
+        for (int s = 0; s < SHAPES; s++) printf("%5zux%-5zu", shapes[s][0], shapes[s][1]);
+        printf("|");
+    }
     printf("\n");
     const size_t bytes = mebibytes << 20;
     uint8_t *const w = allocate(bytes);
@@ -106,19 +124,17 @@ int main(int argc, char **argv) {
         printf("%-6s %8.1f %7.2f |", format->name, t * 1e9 / (double)n_rows,
                (double)(n_rows * bytes_row) / t * 1e-9);
         kvq_free(y);
-        for (int s = 0; s < SHAPES; s++) {
-            const size_t rows = shapes[s][0], columns = shapes[s][1];
-            const size_t bytes_matrix = columns / format->block * format->bytes * rows;
-            if (columns % format->block != 0 || bytes_matrix > bytes) {
-                printf("%12s", "-");
-                continue;
+        for (int n = 0; n < COUNTS; n++) {
+            for (int s = 0; s < SHAPES; s++) {
+                const size_t rows = shapes[s][0], columns = shapes[s][1];
+                if (columns % format->block != 0 ||
+                    columns / format->block * format->bytes * rows > bytes) {
+                    printf("%11s", "-");
+                } else {
+                    printf("%11.1f", speed(isa, kind, w, tokens[n], rows, columns));
+                }
             }
-            kvq_activations a = activations(isa, PROMPT_TOKENS, columns);
-            float *const out = allocate(PROMPT_TOKENS * rows * sizeof *out);
-            const double taken = time_product(isa, kind, out, w, rows, &a);
-            printf("%12.1f", 2e-9 * PROMPT_TOKENS * (double)(rows * columns) / taken);
-            kvq_free(out);
-            release(&a);
+            printf("|");
         }
         printf("\n");
         fflush(stdout);

@@ -72,7 +72,7 @@ static void multiply_rows(void *context, int task, int worker) {
     }
 }
 
-static void multiply(const kvq_forward *f, const product *list, int count) {
+static void multiply(kvq_forward *f, const product *list, int count) {
     products p = {.f = f, .list = list, .count = count};
     int total = 0;
     for (int i = 0; i < count; i++) {
@@ -81,11 +81,12 @@ static void multiply(const kvq_forward *f, const product *list, int count) {
         p.tasks[i] = tasks_for(rows, p.per_task[i]);
         total += p.tasks[i];
     }
+    kvq_clock_end(&f->clock, KVQ_STAGE_OTHER);
     kvq_pool_run(f->pool, total, multiply_rows, &p);
+    kvq_clock_end(&f->clock, KVQ_STAGE_WEIGHTS);
 }
 
-static void multiply_one(const kvq_forward *f, float *y, const kvq_tensor *w,
-                         const kvq_tensor *bias) {
+static void multiply_one(kvq_forward *f, float *y, const kvq_tensor *w, const kvq_tensor *bias) {
     multiply(f, &(product){.y = y, .w = w, .bias = bias, .y_stride = w->rows}, 1);
 }
 
@@ -221,6 +222,7 @@ static void run_layer(kvq_forward *f, int layer, int n) {
     multiply(f, qkv, 3);
     for_tokens(f, n, rotate_token, NULL);
     if (f->observer) f->observer(f->observer_user, layer, ring->n, n, f->q, f->k, f->v);
+    kvq_clock_end(&f->clock, KVQ_STAGE_OTHER);
     kvq_attend(&f->attention, ring, f->heads, f->q, f->k, f->v, n);
     if (f->simulator) kvq_forward_simulate(f, layer, sealed_before, ring->n_sealed);
     set_input(f, f->heads, n, (size_t)c->n_heads * c->d_head);
@@ -245,12 +247,14 @@ bool kvq_forward_run(kvq_forward *f, const kvq_pass *pass) {
     const kvq_model *const model = f->model;
     const kvq_config *const c = &model->config;
     int n = pass->n;
+    kvq_clock_begin(&f->clock);
     for_tokens(f, n, embed_token, pass);
     for (uint32_t l = 0; l < c->n_layers; l++) {
         if (pass->progress && pass->progress(pass->user, pass->n_done, pass->n_total)) return false;
         if (atomic_load_explicit(pass->cancelled, memory_order_relaxed)) return false;
         run_layer(f, (int)l, n);
     }
+    kvq_clock_end(&f->clock, KVQ_STAGE_OTHER);
     if (pass->which == KVQ_LOGITS_NONE) return true;
     if (pass->which == KVQ_LOGITS_LAST) {
         memmove(f->x, f->x + (size_t)(n - 1) * c->d_model, c->d_model * sizeof *f->x);

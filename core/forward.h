@@ -16,6 +16,7 @@ typedef struct kvq_forward {
     const kvq_isa *isa;
     kvq_pool *pool;
     kvq_attention attention;
+    kvq_clock clock;
     kvq_ring *rings; /* [n_layers] */
     int n_batch;
     float *x;      /* [n_batch][d_model] the residual stream */

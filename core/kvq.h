@@ -226,6 +226,9 @@ typedef struct kvq_session_stats {
     uint64_t bytes_step_v; /* the same of values */
     uint64_t n_evaluated;  /* tokens since the session was opened */
     double seconds_evaluated;
+    /* Time by stage since kvq_session_time started the clocks: products with weights; attention;
+     * new rows into the cache and blocks sealed; embedding, norms, RoPE and activations. */
+    uint64_t ns_weights, ns_attention, ns_append, ns_other;
 } kvq_session_stats;
 
 /* Fails with KVQ_ERR_MEMORY where bytes_total exceeds kvq_memory_available(), unless the options
@@ -285,6 +288,17 @@ kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_hea
  * bits, profile and on how this version packs blocks. Takes milliseconds per layer. */
 uint64_t kvq_session_digest(const kvq_session *session);
 
+/* For measuring: makes the timeline n tokens long, as if its sealed blocks had come again and again
+ * in the same order; the sinks and the recent rows stay, those as the last tokens. So a context of
+ * a million tokens can be timed after a prompt of some thousand; what the model then says is
+ * meaningless. At least one block must be sealed, and n differ from the tokens held by whole
+ * blocks.
+ */
+kvq_status kvq_session_fill(kvq_session *session, int32_t n);
+
+/* Starts the clocks of stats.ns_* from 0, or stops them and puts them to 0. Stopped at first. */
+void kvq_session_time(kvq_session *session, int32_t on);
+
 /* Both sets of functions below serve calibration and research; NULL takes them away. They run on
  * the thread that evaluates, between two steps of a pass, and may not call back into the session.
  */
@@ -305,6 +319,20 @@ kvq_status kvq_session_simulate(kvq_session *session, kvq_simulator simulator, v
 
 /* Allocations made by the core since the process started: evaluating leaves it unchanged. */
 uint64_t kvq_alloc_calls(void);
+
+/* What this machine can do at most, as measured now with n_threads threads (0: the number of online
+ * processors) and the instruction set that sessions use. A measurement takes about a second. */
+typedef struct kvq_machine_limits {
+    const char *isa;
+    int32_t n_threads;
+    double read_bytes; /* read from memory per second, over a buffer of n_bytes */
+    /* Per second, two for each product of 8-bit integers that is summed, and the same of 16 bits;
+     * 0 where the instruction set has no measure of it (ref). */
+    double int8_operations, int16_operations;
+} kvq_machine_limits;
+
+/* n_bytes: of the buffer, which should exceed the caches; at least 1 MiB; 0: 512 MiB. */
+kvq_status kvq_machine_measure(kvq_machine_limits *out, int32_t n_threads, uint64_t n_bytes);
 
 /* The instruction sets this build knows and this processor has, best first, comma-separated; and
  * the one that sessions use: the best, or the one that the environment variable KVQ_ISA names. */

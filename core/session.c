@@ -402,6 +402,7 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
     }
     s->forward.pool = s->forward.attention.pool = s->pool;
     s->forward.attention.isa = s->forward.isa;
+    s->forward.attention.clock = &s->forward.clock;
     *out = s;
     return KVQ_OK;
 }
@@ -563,6 +564,37 @@ kvq_status kvq_session_truncate(kvq_session *session, int32_t n) {
     return KVQ_OK;
 }
 
+kvq_status kvq_session_fill(kvq_session *session, int32_t n) {
+    const kvq_ring *const ring = &session->forward.rings[0];
+    const int more = n - held(session), blocks = more / KVQ_BLOCK;
+    if (n > session->n_ctx || ring->n_sealed + blocks > ring->max_blocks) {
+        return kvq_fail(KVQ_ERR_CONTEXT,
+                        "A context of %d tokens cannot be filled with %d of them; the session "
+                        "holds %d, of which %d are sealed.",
+                        session->n_ctx, n, held(session), ring->n_sealed * KVQ_BLOCK);
+    }
+    if (more < 0 || more % KVQ_BLOCK != 0) {
+        return kvq_fail(KVQ_ERR_ARGUMENT,
+                        "The session holds %d tokens and can be filled by whole blocks of %d, but "
+                        "not to %d tokens.",
+                        held(session), KVQ_BLOCK, n);
+    }
+    if (more && !ring->n_sealed) {
+        return kvq_fail(KVQ_ERR_ARGUMENT,
+                        "The session holds %d tokens, none of them in a sealed block that could be "
+                        "repeated; %d more seal the first one.",
+                        held(session), kvq_ring_until_seal(ring));
+    }
+    for (uint32_t l = 0; l < session->model->config.n_layers; l++) {
+        kvq_ring_repeat(&session->forward.rings[l], blocks);
+    }
+    return KVQ_OK;
+}
+
+void kvq_session_time(kvq_session *session, int32_t on) {
+    session->forward.clock = (kvq_clock){.runs = on != 0};
+}
+
 void kvq_session_cancel(kvq_session *session) { atomic_store(&session->cancelled, 1); }
 
 /* Bytes of one side of all layers that a token evaluated alone reads. */
@@ -624,7 +656,11 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         .bytes_step_k = bytes_step(s, KVQ_KEYS),
         .bytes_step_v = bytes_step(s, KVQ_VALUES),
         .n_evaluated = s->n_evaluated,
-        .seconds_evaluated = s->seconds_evaluated};
+        .seconds_evaluated = s->seconds_evaluated,
+        .ns_weights = s->forward.clock.ns[KVQ_STAGE_WEIGHTS],
+        .ns_attention = s->forward.clock.ns[KVQ_STAGE_ATTENTION],
+        .ns_append = s->forward.clock.ns[KVQ_STAGE_APPEND],
+        .ns_other = s->forward.clock.ns[KVQ_STAGE_OTHER]};
 }
 
 kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_head, int32_t side,

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
     "docs/kv-schemes.md",
+    "docs/schemes/auto.md",
     "docs/schemes/rivals.md",
+    "docs/schemes/skvq.md",
     "docs/schemes/svdq.md",
 )
 RESULTS = ROOT / "bench" / "results"
@@ -144,7 +146,10 @@ class Column:
 
 
 def _divergence(m: Measured) -> str:
-    kl = m.found["kl"]
+    return _divergence_of(m.found["kl"])
+
+
+def _divergence_of(kl: Json) -> str:
     error = "" if kl["se_kld"] is None else f" ({kl['se_kld']:.4f})"
     return f"{kl['mean_kld']:.4f}{error}"
 
@@ -317,6 +322,59 @@ def topk() -> str:
     return "\n\n".join(parts) or "No measurement is kept: `bench/topk.py`, then `make tables`."
 
 
+NO_ABLATIONS = "No measurement is kept: `python bench/ablations.py smollm2`, then `make tables`."
+
+
+def ablation_records() -> dict[str, tuple[Path, Json]]:
+    """Path and data of bench/results/ablations-*.json by the titles of their models."""
+    paths = {title: RESULTS / f"ablations-{stem}.json" for title, stem in models()}
+    return {t: (path, json.loads(path.read_text())) for t, path in paths.items() if path.exists()}
+
+
+def ablations(family: str, page: Path) -> str:
+    """What the parts of the keys and of the values of `skvq` or `auto` are worth."""
+    found = ablation_records()
+    if not found:
+        return NO_ABLATIONS
+    about = []
+    for title, (path, data) in found.items():
+        link = os.path.relpath(path, page.parent).replace(os.sep, "/")
+        about.append(
+            f"**{title}**: {data['chunks']} chunks of {data['n_ctx']} tokens of {data['text']},"
+            f" {data['scored']} scored; `{data['command']}`, {data['date']}, {data['machine']}"
+            f" ([record]({link}))."
+        )
+    parts = [" ".join(about)]
+    for side in ("keys", "values"):
+        # Of each variant what each model has: bits, mean KL, its standard error.
+        rows: dict[str, dict[str, Json]] = {}
+        for title, (_, data) in found.items():
+            for row in data["results"]:
+                if row["part"] == f"{family} {side}":
+                    rows.setdefault(row["variant"], {})[title] = row
+        head = [f"{side} alone", "bits", *(f"{title}, mean KL (s.e.)" for title in found)]
+        lines = [
+            [
+                variant,
+                ", ".join(dict.fromkeys(f"{row['bits']:.2f}" for row in of.values())),
+                *(_divergence_of(of[title]) if title in of else "-" for title in found),
+            ]
+            for variant, of in rows.items()
+        ]
+        parts.append(table(head, lines))
+    return "\n\n".join(parts)
+
+
+def normal_errors() -> str:
+    """The errors of the codecs on normal data, from one of bench/results/ablations-*.json."""
+    for path, data in ablation_records().values():
+        errors = data["normal_errors"]
+        head = ["codec", *(f"`{name}`" for name in errors)]
+        made = table(head, [["error", *(f"{error:.3g}" for error in errors.values())]])
+        return f"`{data['command']}`, `bench/results/{path.name}`.\n\n{made}"
+    return NO_ABLATIONS
+
+
 def _tokens(n: int) -> str:
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
@@ -330,6 +388,9 @@ def fill(text: str, page: Path) -> str:
         "schemes": schemes,
         "simulations": simulations,
         "topk": topk,
+        "normal-errors": normal_errors,
+        "ablations-skvq": lambda: ablations("skvq", page),
+        "ablations-auto": lambda: ablations("auto", page),
         "kernels": kernels,
         "measured": lambda: measured(LONG, lambda name: True, page),
         "measured-short": lambda: measured(

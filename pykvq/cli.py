@@ -187,6 +187,18 @@ def _calibrate(args: argparse.Namespace) -> int:
     return cli_calibrate.run(args)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from pykvq import cli_bench
+
+    cli_bench.add(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pykvq import cli_bench
+
+    return cli_bench.run(args)
+
+
 def _add_pull(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
 
@@ -207,6 +219,7 @@ _COMMANDS: tuple[tuple[str, _Add, _Run, str], ...] = (
     ("tokenize", _add_tokenize, _tokenize, "show the tokens of a text"),
     ("perplexity", _add_perplexity, _perplexity, "measure what KV schemes cost on a text"),
     ("eval", _add_eval, _eval, "compare KV schemes, published ones among them, on several tasks"),
+    ("bench", _add_bench, _bench, "measure speed by depth of context, beside llama.cpp if asked"),
     ("calibrate", _add_calibrate, _calibrate, "find out what KV schemes need to know of a model"),
     ("pull", _add_pull, _pull, "fetch a model and print its path"),
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -37,6 +37,10 @@ LOGITS_ALL: Final = lib.KVQ_LOGITS_ALL
 
 KEYS: Final = 0
 VALUES: Final = 1
+
+#: The stages of evaluating that are timed: products with weights; attention; new keys and values
+#: into the cache, and blocks sealed; embedding, norms, RoPE and activations.
+STAGES: Final = ("weights", "attention", "append", "other")
 
 #: How wide a head is taken to be where no model says it; most models have this width.
 USUAL_D_HEAD: Final = 128
@@ -122,6 +126,22 @@ def isa_selected() -> str:
     out = ffi.new("const char **")
     check(lib.kvq_isa_selected(out))
     return _text(out[0])
+
+
+def measure_machine(n_threads: int = 0, n_bytes: int = 0) -> CData:
+    """The `kvq_machine_limits` of this machine; measuring them takes about a second.
+
+    Args:
+        n_threads: Threads; 0: one per processor.
+        n_bytes: Size of the buffer that is read; 0: 512 MiB.
+
+    Raises:
+        ValueError: A number is out of range, or KVQ_ISA names no instruction set.
+        MemoryLimitError: There is no memory for the buffer.
+    """
+    out = ffi.new("kvq_machine_limits *")
+    check(lib.kvq_machine_measure(out, n_threads, n_bytes))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,6 +475,8 @@ class SessionStats:
         bytes_step_v: The same of values.
         n_evaluated: Tokens evaluated since the session was opened.
         seconds_evaluated: Time spent on them.
+        stage_ns: Nanoseconds by stage of evaluating since the clocks were started
+            (`Session.time_stages`); the stages are `STAGES`.
     """
 
     isa: str
@@ -486,6 +508,7 @@ class SessionStats:
     bytes_step_v: int
     n_evaluated: int
     seconds_evaluated: float
+    stage_ns: Mapping[str, int]
 
     @property
     def bits_sealed(self) -> float:
@@ -524,6 +547,7 @@ def _stats(raw: CData) -> SessionStats:
         bytes_step_v=int(raw.bytes_step_v),
         n_evaluated=int(raw.n_evaluated),
         seconds_evaluated=float(raw.seconds_evaluated),
+        stage_ns={stage: int(getattr(raw, f"ns_{stage}")) for stage in STAGES},
     )
 
 
@@ -700,6 +724,20 @@ class SessionHandle:
         with self._lock:
             self.require_open()
             check(lib.kvq_session_truncate(self._pointer, n))
+            self._raw = self._describe()
+
+    def fill(self, n: int) -> None:
+        """Calls `kvq_session_fill`."""
+        with self._lock:
+            self.require_open()
+            check(lib.kvq_session_fill(self._pointer, n))
+            self._raw = self._describe()
+
+    def time(self, on: bool) -> None:
+        """Calls `kvq_session_time`."""
+        with self._lock:
+            self.require_open()
+            lib.kvq_session_time(self._pointer, on)
             self._raw = self._describe()
 
     def until_seal(self) -> int:

@@ -37,6 +37,7 @@ def test_links_lead_somewhere(page: str) -> None:
 #: Which headers of the core a header may include (docs/how-it-works.md, "The parts").
 LAYERS = {
     "base.h": set(),
+    "clock.h": {"base.h"},
     "gguf.h": {"base.h"},
     "gguf_part.h": {"gguf.h", "map.h"},
     "map.h": {"base.h"},
@@ -54,7 +55,7 @@ LAYERS = {
     "kv_plan.h": {"kv_profile.h", "kv_scheme.h", "kv_wave.h"},
     "kv_ring.h": {"kv_plan.h"},
     "isa.h": {"kv_codec.h", "kv_wave.h", "weights.h"},
-    "kv_attend.h": {"isa.h", "kv_ring.h", "pool.h"},
+    "kv_attend.h": {"clock.h", "isa.h", "kv_ring.h", "pool.h"},
     "arch.h": {"gguf.h", "weights.h"},
     "forward.h": {"arch.h", "kv_attend.h"},
 }

@@ -31,6 +31,10 @@ typedef struct kvq_isa {
     float (*softmax)(float *s, float *largest);
     /* gate[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)) */
     void (*swiglu)(float *gate, const float *up, size_t n);
+    /* Multiply and sum integers as fast as can be, so many rounds; return how many operations that
+     * was, two for each product. NULL: there is no such measure. */
+    uint64_t (*peak_int8)(uint64_t rounds);
+    uint64_t (*peak_int16)(uint64_t rounds);
 } kvq_isa;
 
 extern const kvq_isa kvq_isa_ref; /* only softmax and swiglu, whose definitions it is */

@@ -18,6 +18,7 @@
 #include "isa/kv_kernels.inl"
 #include "isa/kv_kernels_calibrated.inl"
 #include "isa/kv_kernels_levels.inl"
+#include "isa/peak_kernels.inl"
 #include "isa/weight_kernels.inl"
 
 const kvq_isa kvq_isa_avx2 = {
@@ -58,6 +59,8 @@ const kvq_isa kvq_isa_avx2 = {
     .add_waves = add_waves,
     .softmax = softmax,
     .swiglu = swiglu,
+    .peak_int8 = peak_int8,
+    .peak_int16 = peak_int16,
 };
 
 #if defined(__clang__)

@@ -19,6 +19,7 @@
 #include "isa/elementwise_kernels.inl"
 #include "isa/kv_kernels.inl"
 #include "isa/kv_kernels_calibrated.inl"
+#include "isa/peak_kernels.inl"
 #include "isa/weight_kernels.inl"
 
 const kvq_isa kvq_isa_avx512 = {
@@ -50,6 +51,8 @@ const kvq_isa kvq_isa_avx512 = {
     .add_waves = add_waves,
     .softmax = softmax,
     .swiglu = swiglu,
+    .peak_int8 = peak_int8,
+    .peak_int16 = peak_int16,
 };
 
 #if defined(__clang__)

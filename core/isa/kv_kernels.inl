@@ -30,60 +30,93 @@
         if ((n) - first == 1) FUNCTION(1, first);                                                  \
     } while (0)
 
-/* ---- rows that decode 8 channels at a time: halves, q8_0, q4_0 ---------------------------- */
+/* ---- rows: halves, q8_0, q4_0 ------------------------------------------------------------- */
 
-/* Channels c .. c + 7 of a row, c a multiple of 8. */
-typedef vf load_fn(const uint8_t *row, int c);
+/* Channels c + k .. of a row, a vector of them; c is a multiple of the codec's span of channels, so
+ * that all of a span find the scale that they share in the same place. */
+typedef vf load_fn(const uint8_t *row, int c, int k);
 
-KV_INLINE vf load_f16(const uint8_t *row, int c) {
-    return vf_load_f16((const uint16_t *)(const void *)(row + 2 * c));
+KV_INLINE vf load_f16(const uint8_t *row, int c, int k) {
+    return vf_load_f16((const uint16_t *)(const void *)(row + 2 * (c + k)));
 }
 
-KV_INLINE vf load_q8_0(const uint8_t *row, int c) {
+KV_INLINE vf load_q8_0(const uint8_t *row, int c, int k) {
     const uint8_t *const group = row + c / 32 * 34;
-    return vf_mul(vf_set(load_half(group)), vf_load_i8((const int8_t *)group + 2 + c % 32));
+    return vf_mul(vf_set_half(group), vf_load_i8((const int8_t *)group + 2 + k));
 }
 
-KV_INLINE vf load_q4_0(const uint8_t *row, int c) {
+KV_INLINE vf load_q4_0(const uint8_t *row, int c, int k) {
     const uint8_t *const group = row + c / 32 * 18;
-    const vi bytes = vi_load_u8(group + 2 + c % 16);
-    const vi code = vi_and(c % 32 < 16 ? bytes : vi_shr(bytes, 4), vi_set(15));
-    return vf_mul(vf_set(load_half(group)), vf_from_vi(vi_add(code, vi_set(-8))));
+    const vi bytes = vi_load_u8(group + 2 + k % 16);
+    const vi code = vi_and(k < 16 ? bytes : vi_shr(bytes, 4), vi_set(15));
+    return vf_mul(vf_set_half(group), vf_from_vi(vi_add(code, vi_set(-8))));
 }
 
-KV_INLINE void score_rows_group(const int nq, load_fn *load, float *s, const float *q,
-                                const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
-    for (int t = 0; t < n_rows; t++, rows += row_bytes) {
-        vf sum[KV_QUERIES];
-        KV_EACH(i, nq) sum[i] = vf_zero();
-        for (int c = 0; c < d; c += VF_LANES) {
-            const vf k = load(rows, c);
-            KV_EACH(i, nq) sum[i] = vf_fma(vf_load(q + i * d + c), k, sum[i]);
+enum { F16_SPAN = KVQ_D_UNIT, Q8_0_SPAN = 32, Q4_0_SPAN = 32 };
+
+/* A few tokens side by side share what is loaded of the queries, and their sums are taken together.
+ */
+KV_INLINE void score_rows_part(const int nq, const int tokens, load_fn *load, const int span,
+                               float *s, const float *q, const uint8_t *rows, size_t row_bytes,
+                               int d) {
+    vf sum[KV_QUERIES * 4];
+    float total[KV_QUERIES * 4];
+    for (int j = 0; j < KV_QUERIES * 4; j++) sum[j] = vf_zero();
+    for (int c = 0; c < d; c += span) {
+        _Pragma("GCC unroll 4") for (int k = 0; k < span; k += VF_LANES) {
+            vf key[4];
+            for (int t = 0; t < tokens; t++) key[t] = load(rows + (size_t)t * row_bytes, c, k);
+            KV_EACH(i, nq) {
+                const vf x = vf_load(q + i * d + c + k);
+                for (int t = 0; t < tokens; t++) {
+                    sum[i * tokens + t] = vf_fma(x, key[t], sum[i * tokens + t]);
+                }
+            }
         }
-        KV_EACH(i, nq) s[i * KVQ_BLOCK + t] = vf_sum(sum[i]);
+    }
+    for (int j = 0; j < nq * tokens; j += 4) vf_sums(total + j, sum + j);
+    KV_EACH(i, nq) {
+        for (int t = 0; t < tokens; t++) s[i * KVQ_BLOCK + t] = total[i * tokens + t];
     }
 }
 
-KV_INLINE void score_rows_any(load_fn *load, float *s, const kvq_query *query, const uint8_t *rows,
-                              size_t row_bytes, int n_rows, int d) {
+KV_INLINE void score_rows_group(const int nq, load_fn *load, const int span, float *s,
+                                const float *q, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                int d) {
+    const int tokens = nq * 4 <= VF_REGISTERS / 2 ? 4 : 2;
+    int t = 0;
+    for (; t + tokens <= n_rows; t += tokens, rows += (size_t)tokens * row_bytes) {
+        score_rows_part(nq, tokens, load, span, s + t, q, rows, row_bytes, d);
+    }
+    for (; t < n_rows; t++, rows += row_bytes) {
+        score_rows_part(nq, 1, load, span, s + t, q, rows, row_bytes, d);
+    }
+}
+
+KV_INLINE void score_rows_any(load_fn *load, const int span, float *s, const kvq_query *query,
+                              const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
 #define GROUP(NQ, FIRST)                                                                           \
-    score_rows_group(NQ, load, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, rows, row_bytes,   \
-                     n_rows, d)
+    score_rows_group(NQ, load, span, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, rows,        \
+                     row_bytes, n_rows, d)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }
 
-/* Two vectors of channels side by side: the sums of one alone would wait for each other. */
-KV_INLINE void accum_rows_part(const int nq, const int vectors, load_fn *load, float *o,
-                               const float *p, const uint8_t *row, size_t row_bytes, int n_rows,
-                               int c, int d) {
-    vf sum[KV_QUERIES][2];
+/* Several vectors of channels side by side: the sums of one alone would wait for each other. */
+KV_INLINE void accum_rows_part(const int nq, const int vectors, load_fn *load, const int span,
+                               float *o, const float *p, const uint8_t *row, size_t row_bytes,
+                               int n_rows, int c, int d) {
+    const int inside = vectors * VF_LANES < span ? c % span : 0; /* else c is a multiple of it */
+    vf sum[KV_QUERIES][4];
     KV_EACH(i, nq) {
         for (int v = 0; v < vectors; v++) sum[i][v] = vf_load(o + i * d + c + v * VF_LANES);
     }
     for (int t = 0; t < n_rows; t++, row += row_bytes) {
-        vf value[2];
-        for (int v = 0; v < vectors; v++) value[v] = load(row, c + v * VF_LANES);
+        vf value[4];
+        for (int v = 0; v < vectors; v++) {
+            const int k = v * VF_LANES;
+            value[v] = load(row, c - inside + k / span * span, inside + k % span);
+        }
         KV_EACH(i, nq) {
             const vf weight = vf_set(p[i * KVQ_BLOCK + t]);
             for (int v = 0; v < vectors; v++) sum[i][v] = vf_fma(weight, value[v], sum[i][v]);
@@ -94,49 +127,55 @@ KV_INLINE void accum_rows_part(const int nq, const int vectors, load_fn *load, f
     }
 }
 
-KV_INLINE void accum_rows_group(const int nq, load_fn *load, float *o, const float *p,
-                                const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
+KV_INLINE void accum_rows_group(const int nq, load_fn *load, const int span, float *o,
+                                const float *p, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                int d) {
+    enum { FEW = 2 * VF_LANES, MANY = 4 * VF_LANES };
     int c = 0;
-    for (; c + 2 * VF_LANES <= d; c += 2 * VF_LANES) {
-        accum_rows_part(nq, 2, load, o, p, rows, row_bytes, n_rows, c, d);
+    for (; nq * 4 <= VF_REGISTERS / 2 && c + MANY <= d; c += MANY) {
+        accum_rows_part(nq, 4, load, span, o, p, rows, row_bytes, n_rows, c, d);
     }
-    if (c < d) accum_rows_part(nq, 1, load, o, p, rows, row_bytes, n_rows, c, d);
+    for (; c + FEW <= d; c += FEW) {
+        accum_rows_part(nq, 2, load, span, o, p, rows, row_bytes, n_rows, c, d);
+    }
+    if (c < d) accum_rows_part(nq, 1, load, span, o, p, rows, row_bytes, n_rows, c, d);
 }
 
-KV_INLINE void accum_rows_any(load_fn *load, float *o, const float *p, int n, const uint8_t *rows,
-                              size_t row_bytes, int n_rows, int d) {
+KV_INLINE void accum_rows_any(load_fn *load, const int span, float *o, const float *p, int n,
+                              const uint8_t *rows, size_t row_bytes, int n_rows, int d) {
 #define GROUP(NQ, FIRST)                                                                           \
-    accum_rows_group(NQ, load, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, rows, row_bytes, n_rows, d)
+    accum_rows_group(NQ, load, span, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, rows, row_bytes,    \
+                     n_rows, d)
     KV_IN_GROUPS(n, GROUP);
 #undef GROUP
 }
 
 static void score_rows(float *s, const kvq_query *query, const uint16_t *rows, int n_rows, int d) {
     const uint8_t *const bytes = (const uint8_t *)(const void *)rows;
-    score_rows_any(load_f16, s, query, bytes, (size_t)d * 2, n_rows, d);
+    score_rows_any(load_f16, F16_SPAN, s, query, bytes, (size_t)d * 2, n_rows, d);
 }
 
 static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, int n_rows, int d) {
     const uint8_t *const bytes = (const uint8_t *)(const void *)rows;
-    accum_rows_any(load_f16, o, p, n, bytes, (size_t)d * 2, n_rows, d);
+    accum_rows_any(load_f16, F16_SPAN, o, p, n, bytes, (size_t)d * 2, n_rows, d);
 }
 
 /* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. */
-#define ROW_CODEC(NAME, ROW_BYTES)                                                                 \
+#define ROW_CODEC(NAME, SPAN, ROW_BYTES)                                                           \
     static void score_##NAME(float *s, const kvq_query *query, const uint8_t *block,               \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
-        score_rows_any(load_##NAME, s, query, block, ROW_BYTES, KVQ_BLOCK, d);                     \
+        score_rows_any(load_##NAME, SPAN, s, query, block, ROW_BYTES, KVQ_BLOCK, d);               \
     }                                                                                              \
     static void accum_##NAME(float *o, const float *p, int n, const uint8_t *block,                \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
-        accum_rows_any(load_##NAME, o, p, n, block, ROW_BYTES, KVQ_BLOCK, d);                      \
+        accum_rows_any(load_##NAME, SPAN, o, p, n, block, ROW_BYTES, KVQ_BLOCK, d);                \
     }
 
-ROW_CODEC(f16, (size_t)d * 2)
-ROW_CODEC(q8_0, (size_t)d / 32 * 34)
-ROW_CODEC(q4_0, (size_t)d / 32 * 18)
+ROW_CODEC(f16, F16_SPAN, (size_t)d * 2)
+ROW_CODEC(q8_0, Q8_0_SPAN, (size_t)d / 32 * 34)
+ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 
 /* ---- u1, u2, u4: keys in uniform levels --------------------------------------------------- */
 

@@ -15,17 +15,18 @@ KV_INLINE vi load_codes(const uint8_t *row, int c, const int bits) {
     return vi_shr_lanes(vi_set((int32_t)kvq_load_u32(at)), vi_shl(shift, 2));
 }
 
-KV_INLINE vf load_n1(const uint8_t *row, int c) {
-    return vf_lookup8(vf_load(kvq_n1_level), load_codes(row, c, 1));
+KV_INLINE vf load_n1(const uint8_t *row, int c, int k) {
+    return vf_lookup8(vf_load(kvq_n1_level), load_codes(row, c + k, 1));
 }
-KV_INLINE vf load_n2(const uint8_t *row, int c) {
-    return vf_lookup8(vf_load(kvq_n2_level), load_codes(row, c, 2));
+KV_INLINE vf load_n2(const uint8_t *row, int c, int k) {
+    return vf_lookup8(vf_load(kvq_n2_level), load_codes(row, c + k, 2));
 }
-KV_INLINE vf load_n3(const uint8_t *row, int c) {
-    return vf_lookup8(vf_load(kvq_n3_level), load_codes(row, c, 3));
+KV_INLINE vf load_n3(const uint8_t *row, int c, int k) {
+    return vf_lookup8(vf_load(kvq_n3_level), load_codes(row, c + k, 3));
 }
-KV_INLINE vf load_nf4(const uint8_t *row, int c) {
-    return vf_lookup16(vf_load(kvq_nf4_level), vf_load(kvq_nf4_level + 8), load_codes(row, c, 4));
+KV_INLINE vf load_nf4(const uint8_t *row, int c, int k) {
+    return vf_lookup16(vf_load(kvq_nf4_level), vf_load(kvq_nf4_level + 8),
+                       load_codes(row, c + k, 4));
 }
 
 /* out[i][t] = in[i][t] * scale of token t */
@@ -40,7 +41,7 @@ KV_INLINE void scale_tokens(const int nq, float *out, const float *in, const uin
 
 KV_INLINE void score_levels_group(const int nq, load_fn *load, float *s, const float *q,
                                   const uint8_t *block, size_t row_bytes, int d) {
-    score_rows_group(nq, load, s, q, block + KVQ_N_HEADER, row_bytes, KVQ_BLOCK, d);
+    score_rows_group(nq, load, KVQ_D_UNIT, s, q, block + KVQ_N_HEADER, row_bytes, KVQ_BLOCK, d);
     scale_tokens(nq, s, s, block);
 }
 
@@ -48,7 +49,8 @@ KV_INLINE void accum_levels_group(const int nq, load_fn *load, float *o, const f
                                   const uint8_t *block, size_t row_bytes, int d) {
     float weight[KV_QUERIES * KVQ_BLOCK];
     scale_tokens(nq, weight, p, block);
-    accum_rows_group(nq, load, o, weight, block + KVQ_N_HEADER, row_bytes, KVQ_BLOCK, d);
+    accum_rows_group(nq, load, KVQ_D_UNIT, o, weight, block + KVQ_N_HEADER, row_bytes, KVQ_BLOCK,
+                     d);
 }
 
 #define LEVELS_CODEC(NAME, BITS)                                                                   \

@@ -9,7 +9,8 @@
 
 #include <immintrin.h>
 
-#define VF_LANES 8  /* f32 in a vector */
+#define VF_LANES 8 /* f32 in a vector */
+#define VF_REGISTERS 16
 #define VB_LANES 32 /* bytes in a vector */
 
 typedef __m256 vf;
@@ -21,6 +22,7 @@ static inline vf vf_set(float x) { return _mm256_set1_ps(x); }
 static inline vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 static inline vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 static inline vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); } /* a * b + c */
 static inline vf vf_load_f16(const uint16_t *p) {
@@ -132,8 +134,8 @@ static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 
 /* ---- words of the weight kernels --------------------------------------------------------- */
 
-#define PANEL_VECTORS 1 /* of rows that share a load of activations */
-#define TILE_TOKENS 8   /* that share a load of codes */
+#define PANEL_VECTORS 2 /* of rows that share a load of activations */
+#define TILE_TOKENS 4   /* that share a load of codes: eight sums */
 
 /* Asks for the cache line at p, which may be any address. A macro, because gcc deems a function
  * that only prefetches pure and drops the calls. */
@@ -176,34 +178,32 @@ static inline vi vi_high_bytes(vb a) { return _mm256_srli_epi16(a, 8); }
 static inline vi vi_low_signed_bytes(vb a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
 static inline vi vi_high_signed_bytes(vb a) { return _mm256_srai_epi16(a, 8); }
 
-/* Rows at p, p + stride, ..., one to a lane: the first 4 bytes of each (vi_load_rows), or the first
- * 16 as 4 vectors of 4 bytes per row (vb_load_quads). */
-static inline __m128i vi_load_4_rows(const uint8_t *p, size_t stride) {
-    int32_t r0, r1, r2, r3;
-    memcpy(&r0, p, 4);
-    memcpy(&r1, p + stride, 4);
-    memcpy(&r2, p + 2 * stride, 4);
-    memcpy(&r3, p + 3 * stride, 4);
-    return _mm_setr_epi32(r0, r1, r2, r3);
+/* The high half of each lane of `first`, and above it the low half of `then`. */
+static inline vi vi_join16(vi first, vi then) {
+    const vi swapped = _mm256_blend_epi16(first, then, 0x55);
+    return _mm256_or_si256(_mm256_srli_epi32(swapped, 16), _mm256_slli_epi32(swapped, 16));
 }
-static inline vi vi_load_rows(const uint8_t *p, size_t stride) {
-    return _mm256_setr_m128i(vi_load_4_rows(p, stride), vi_load_4_rows(p + 4 * stride, stride));
-}
-static inline __m256i vb_load_two_rows(const uint8_t *low, const uint8_t *high) {
+
+/* Rows at p, p + stride, ..., one to a lane: 4 bytes of each to a vector, `bytes` of each in all, a
+ * multiple of 16. */
+static inline __m256i vi_load_halves(const uint8_t *low, const uint8_t *high) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
                                    _mm_loadu_si128((const __m128i *)high), 1);
 }
-static inline void vb_load_quads(vb quads[4], const uint8_t *p, size_t stride) {
-    const uint8_t *const p4 = p + 4 * stride;
-    const __m256i r0 = vb_load_two_rows(p, p4), r1 = vb_load_two_rows(p + stride, p4 + stride);
-    const __m256i r2 = vb_load_two_rows(p + 2 * stride, p4 + 2 * stride);
-    const __m256i r3 = vb_load_two_rows(p + 3 * stride, p4 + 3 * stride);
-    const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
-    const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
-    quads[0] = _mm256_unpacklo_epi64(low01, low23);
-    quads[1] = _mm256_unpackhi_epi64(low01, low23);
-    quads[2] = _mm256_unpacklo_epi64(high01, high23);
-    quads[3] = _mm256_unpackhi_epi64(high01, high23);
+static inline void vi_load_words(vi *words, const uint8_t *p, size_t stride, size_t bytes) {
+    const uint8_t *const end = p + bytes;
+    for (; p < end; p += 16, words += 4) {
+        const uint8_t *const p4 = p + 4 * stride;
+        const __m256i r0 = vi_load_halves(p, p4), r1 = vi_load_halves(p + stride, p4 + stride);
+        const __m256i r2 = vi_load_halves(p + 2 * stride, p4 + 2 * stride);
+        const __m256i r3 = vi_load_halves(p + 3 * stride, p4 + 3 * stride);
+        const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
+        const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
+        words[0] = _mm256_unpacklo_epi64(low01, low23);
+        words[1] = _mm256_unpackhi_epi64(low01, low23);
+        words[2] = _mm256_unpacklo_epi64(high01, high23);
+        words[3] = _mm256_unpackhi_epi64(high01, high23);
+    }
 }
 
 #define vb_shl(a, n, mask) _mm256_and_si256(_mm256_slli_epi16(a, n), mask) /* as vb_shr */
@@ -257,6 +257,9 @@ static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
 
 static inline float load_half(const void *p) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(kvq_load_u16(p))));
+}
+static inline vf vf_set_half(const void *p) {
+    return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)kvq_load_u16(p)));
 }
 static inline vf vf_abs(vf a) { return _mm256_andnot_ps(vf_set(-0.0f), a); }
 
@@ -374,5 +377,12 @@ static inline void vi_store_units(int8_t *p, const vi a[4], int bits) {
     const __m256i order = _mm256_broadcastsi128_si256(bits == 4 ? fours : eights);
     _mm256_storeu_si256((__m256i *)p, _mm256_shuffle_epi8(bytes, order));
 }
+
+/* ---- words of peak_kernels.inl ----------------------------------------------------------- */
+
+/* Adds products of bytes, u in 0..255 and s in -127..127, as many as one instruction can, to sums
+ * of whatever width it has. */
+static inline vi vi_peak8(vi sum, vb u, vb s) { return vi_add16(sum, vi_madd_u8s8(u, s)); }
+#define opaque(a) __asm__("" : "+x"(a)) /* makes the compiler take a vector for changed */
 
 #endif

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #define VF_LANES 16 /* f32 in a vector */
+#define VF_REGISTERS 32
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -104,39 +105,63 @@ static inline vi vi_high_bytes(vb a) { return _mm512_srli_epi16(a, 8); }
 static inline vi vi_low_signed_bytes(vb a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
 static inline vi vi_high_signed_bytes(vb a) { return _mm512_srai_epi16(a, 8); }
 
-/* Rows at p, p + stride, ..., one to a lane: the first 16 bytes of each as 4 vectors of 4 bytes per
- * row (vb_load_quads), or the first 4 (vi_load_rows). */
-static inline __m512i vb_load_four_rows(const uint8_t *p, size_t apart) {
+/* The high half of each lane of `first`, and above it the low half of `then`. */
+static inline vi vi_join16(vi first, vi then) {
+    return _mm512_rol_epi32(_mm512_mask_blend_epi16(0x55555555u, first, then), 16);
+}
+
+/* Rows at p, p + stride, ..., one to a lane: 4 bytes of each to a vector, `bytes` of each in all, a
+ * multiple of 16. 64 at a time are a square of 16 x 16; fewer are put together from parts. */
+static inline void vi_load_square(vi words[16], const uint8_t *p, size_t stride) {
+    __m512i pairs[16], fours[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* in each quarter of 16 bytes: a word of four rows */
+        const uint8_t *const row = p + (size_t)i * 4 * stride;
+        __m512i r0 = _mm512_loadu_si512(row), r1 = _mm512_loadu_si512(row + stride);
+        __m512i r2 = _mm512_loadu_si512(row + 2 * stride);
+        __m512i r3 = _mm512_loadu_si512(row + 3 * stride);
+        /* once: gcc would make each an operand of two instructions, and most cross a cache line */
+        __asm__("" : "+v"(r0), "+v"(r1), "+v"(r2), "+v"(r3));
+        const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
+        const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
+        fours[i * 4] = _mm512_unpacklo_epi64(low01, low23);
+        fours[i * 4 + 1] = _mm512_unpackhi_epi64(low01, low23);
+        fours[i * 4 + 2] = _mm512_unpacklo_epi64(high01, high23);
+        fours[i * 4 + 3] = _mm512_unpackhi_epi64(high01, high23);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) { /* words j, 4 + j, 8 + j, 12 + j: quarters of four vectors */
+        pairs[0] = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44);
+        pairs[1] = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
+        pairs[2] = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
+        pairs[3] = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
+        words[j] = _mm512_shuffle_i32x4(pairs[0], pairs[2], 0x88);
+        words[4 + j] = _mm512_shuffle_i32x4(pairs[0], pairs[2], 0xdd);
+        words[8 + j] = _mm512_shuffle_i32x4(pairs[1], pairs[3], 0x88);
+        words[12 + j] = _mm512_shuffle_i32x4(pairs[1], pairs[3], 0xdd);
+    }
+}
+static inline __m512i vi_load_quarters(const uint8_t *p, size_t apart) {
     __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
     rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(p + apart)), 1);
     rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(p + 2 * apart)), 2);
     return _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(p + 3 * apart)), 3);
 }
-static inline void vb_load_quads(vb quads[4], const uint8_t *p, size_t stride) {
-    const __m512i r0 = vb_load_four_rows(p, 4 * stride);
-    const __m512i r1 = vb_load_four_rows(p + stride, 4 * stride);
-    const __m512i r2 = vb_load_four_rows(p + 2 * stride, 4 * stride);
-    const __m512i r3 = vb_load_four_rows(p + 3 * stride, 4 * stride);
-    const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
-    const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
-    quads[0] = _mm512_unpacklo_epi64(low01, low23);
-    quads[1] = _mm512_unpackhi_epi64(low01, low23);
-    quads[2] = _mm512_unpacklo_epi64(high01, high23);
-    quads[3] = _mm512_unpackhi_epi64(high01, high23);
-}
-static inline __m128i vi_load_4_rows(const uint8_t *p, size_t stride) {
-    int32_t r0, r1, r2, r3;
-    memcpy(&r0, p, 4);
-    memcpy(&r1, p + stride, 4);
-    memcpy(&r2, p + 2 * stride, 4);
-    memcpy(&r3, p + 3 * stride, 4);
-    return _mm_setr_epi32(r0, r1, r2, r3);
-}
-static inline vi vi_load_rows(const uint8_t *p, size_t stride) {
-    __m512i rows = _mm512_castsi128_si512(vi_load_4_rows(p, stride));
-    rows = _mm512_inserti32x4(rows, vi_load_4_rows(p + 4 * stride, stride), 1);
-    rows = _mm512_inserti32x4(rows, vi_load_4_rows(p + 8 * stride, stride), 2);
-    return _mm512_inserti32x4(rows, vi_load_4_rows(p + 12 * stride, stride), 3);
+static inline void vi_load_words(vi *words, const uint8_t *p, size_t stride, size_t bytes) {
+    const uint8_t *const squares = p + bytes / 64 * 64, *const end = p + bytes;
+    for (; p < squares; p += 64, words += 16) vi_load_square(words, p, stride);
+    for (; p < end; p += 16, words += 4) {
+        const __m512i r0 = vi_load_quarters(p, 4 * stride);
+        const __m512i r1 = vi_load_quarters(p + stride, 4 * stride);
+        const __m512i r2 = vi_load_quarters(p + 2 * stride, 4 * stride);
+        const __m512i r3 = vi_load_quarters(p + 3 * stride, 4 * stride);
+        const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
+        const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
+        words[0] = _mm512_unpacklo_epi64(low01, low23);
+        words[1] = _mm512_unpackhi_epi64(low01, low23);
+        words[2] = _mm512_unpacklo_epi64(high01, high23);
+        words[3] = _mm512_unpackhi_epi64(high01, high23);
+    }
 }
 
 /* Byte j of a lane of sixteens[i] is 16 where bit 4 i + j of that lane of `bits` is set, else 0. */
@@ -199,6 +224,9 @@ static inline vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
 
 static inline float load_half(const void *p) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(kvq_load_u16(p))));
+}
+static inline vf vf_set_half(const void *p) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)kvq_load_u16(p)));
 }
 static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 #define VF_OF_EACH(NAME, OP)                                                                       \
@@ -291,5 +319,12 @@ static inline void vi_store_units(int8_t *p, const vi a[2], int bits) {
     const __m256i order = _mm256_broadcastsi128_si256(bits == 4 ? fours : eights);
     _mm256_storeu_si256((__m256i *)p, _mm256_shuffle_epi8(bytes, order));
 }
+
+/* ---- words of peak_kernels.inl ----------------------------------------------------------- */
+
+/* Adds products of bytes, u in 0..255 and s in -127..127, as many as one instruction can, to sums
+ * of whatever width it has. */
+static inline vi vi_peak8(vi sum, vb u, vb s) { return _mm512_dpbusd_epi32(sum, u, s); }
+#define opaque(a) __asm__("" : "+v"(a)) /* makes the compiler take a vector for changed */
 
 #endif

@@ -22,8 +22,9 @@
  */
 #define WEIGHT_INLINE static inline __attribute__((always_inline))
 
-#define TILE_BLOCKS 8   /* a super-block of 256 columns */
-#define CHUNK_TOKENS 64 /* whose q should stay in L2 while the rows pass by */
+#define TILE_BLOCKS 8    /* a super-block of 256 columns */
+#define TILE_BYTES 272   /* of a row, at most: 8 blocks of Q8_0 */
+#define CHUNK_TOKENS 128 /* whose q should stay in L2 or L3 while the rows pass by */
 
 typedef struct weight_tile {
     vf scale[TILE_BLOCKS];     /* of each row */
@@ -34,13 +35,35 @@ typedef struct weight_tile {
 
 /* ---- unpacking --------------------------------------------------------------------------- */
 
-/* Unpacks `n` blocks from `p`, which points at the first row. q is NULL or not in each
- * instance: NULL keeps the codes; else, the activations of a token alone, they become tile->dot. */
-typedef void unpack_fn(weight_tile *tile, const uint8_t *p, size_t stride, int n, const int16_t *q);
+/* The bytes of a tile, transposed: lane r of word i is bytes 4 i to 4 i + 3 of row r. */
+typedef vi tile_words[TILE_BYTES / 4 + 1];
 
-WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, const int16_t *q) {
+/* Bytes byte to byte + 3 of the rows; `byte` is even. */
+WEIGHT_INLINE vi word_at(const vi *words, int byte) {
+    return byte % 4 == 0 ? words[byte / 4] : vi_join16(words[byte / 4], words[byte / 4 + 1]);
+}
+
+/* Loads `bytes` of each row, an even number of 16 or more; nothing beyond them is read. */
+WEIGHT_INLINE void load_words(vi *words, const uint8_t *p, size_t stride, size_t bytes) {
+    const int rest = (int)(bytes % 16);
+    const size_t whole = bytes - (size_t)rest;
+    vi_load_words(words, p, stride, whole);
+    if (rest == 0) return;
+    vi last[5]; /* the last 16 bytes, which overlap the others */
+    vi_load_words(last, p + bytes - 16, stride, 16);
+    last[4] = vi_zero();
+    words += whole / 4;
+    for (int byte = 16 - rest; byte < 16; byte += 4) *words++ = word_at(last, byte);
+}
+
+/* Unpacks `n` blocks. q is NULL or not in each instance: NULL keeps the codes; else, the
+ * activations of a token alone, they become tile->dot. */
+typedef void unpack_fn(weight_tile *tile, const vi *words, int n, const int16_t *q);
+
+/* Codes are 0 and more; those that are kept are reduced by `zero`, the one that stands for 0. */
+WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, int zero, const int16_t *q) {
     if (!q) {
-        tile->codes[b][i] = codes;
+        tile->codes[b][i] = zero ? vi_sub16(codes, vi_set16((int16_t)zero)) : codes;
         return;
     }
     const vi before = i < 2 ? vi_zero() : tile->dot[b][i % 2];
@@ -49,19 +72,20 @@ WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, const int16_t 
 
 /* Four columns of a block, 4 quad to 4 quad + 3, a byte each. The even ones come first, here and in
  * q: so they widen to i16 with no shuffle. */
-WEIGHT_INLINE void put_quad(weight_tile *tile, int b, int quad, vb bytes, const int16_t *q) {
-    put(tile, b, 2 * quad, vi_low_bytes(bytes), q);
-    put(tile, b, 2 * quad + 1, vi_high_bytes(bytes), q);
+WEIGHT_INLINE void put_quad(weight_tile *tile, int b, int quad, vb bytes, int zero,
+                            const int16_t *q) {
+    put(tile, b, 2 * quad, vi_low_bytes(bytes), zero, q);
+    put(tile, b, 2 * quad + 1, vi_high_bytes(bytes), zero, q);
 }
 
 /* Four columns in the low halves of bytes, and four in the high halves. */
 WEIGHT_INLINE void put_nibbles(weight_tile *tile, int b_low, int quad_low, int b_high,
-                               int quad_high, vb bytes, const int16_t *q) {
+                               int quad_high, vb bytes, int zero, const int16_t *q) {
     const vi low = vi_set16(15);
-    put(tile, b_low, 2 * quad_low, vi_and(bytes, low), q);
-    put(tile, b_low, 2 * quad_low + 1, vi_and(vi_shr16(bytes, 8), low), q);
-    put(tile, b_high, 2 * quad_high, vi_and(vi_shr16(bytes, 4), low), q);
-    put(tile, b_high, 2 * quad_high + 1, vi_shr16(bytes, 12), q);
+    put(tile, b_low, 2 * quad_low, vi_and(bytes, low), zero, q);
+    put(tile, b_low, 2 * quad_low + 1, vi_and(vi_shr16(bytes, 8), low), zero, q);
+    put(tile, b_high, 2 * quad_high, vi_and(vi_shr16(bytes, 4), low), zero, q);
+    put(tile, b_high, 2 * quad_high + 1, vi_shr16(bytes, 12), zero, q);
 }
 
 /* The low halves of bytes, or the high ones. */
@@ -71,93 +95,98 @@ WEIGHT_INLINE vb nibbles_of(vb bytes, int high) {
 }
 
 /* 16 bytes of nibbles per row: low halves are columns 0 to 15, high halves columns 16 to 31. */
-WEIGHT_INLINE void put_4_bits(weight_tile *tile, int b, const uint8_t *p, size_t stride,
+WEIGHT_INLINE void put_4_bits(weight_tile *tile, int b, const vi *words, int byte, int zero,
                               const int16_t *q) {
-    vb raw[4];
-    vb_load_quads(raw, p, stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < 4; i++) put_nibbles(tile, b, i, b, 4 + i, raw[i], q);
+    for (int i = 0; i < 4; i++) {
+        put_nibbles(tile, b, i, b, 4 + i, word_at(words, byte + 4 * i), zero, q);
+    }
 }
 
 /* The same after 4 bytes of fifth bits. */
-WEIGHT_INLINE void put_5_bits(weight_tile *tile, int b, const uint8_t *p, size_t stride,
+WEIGHT_INLINE void put_5_bits(weight_tile *tile, int b, const vi *words, int byte, int zero,
                               const int16_t *q) {
-    vb raw[4], sixteens[8];
-    vb_load_quads(raw, p + 4, stride);
-    vb_spread_bits(sixteens, vi_load_rows(p, stride));
+    vb sixteens[8];
+    vb_spread_bits(sixteens, word_at(words, byte));
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
-        put_quad(tile, b, i, vi_or(nibbles_of(raw[i], 0), sixteens[i]), q);
-        put_quad(tile, b, 4 + i, vi_or(nibbles_of(raw[i], 1), sixteens[4 + i]), q);
+        const vb raw = word_at(words, byte + 4 + 4 * i);
+        put_quad(tile, b, i, vi_or(nibbles_of(raw, 0), sixteens[i]), zero, q);
+        put_quad(tile, b, 4 + i, vi_or(nibbles_of(raw, 1), sixteens[4 + i]), zero, q);
     }
 }
 
-/* An f16 scale at p, for codes that stand for code - zero. */
-WEIGHT_INLINE void put_scale(weight_tile *tile, int b, const uint8_t *p, size_t stride, int zero) {
-    tile->scale[b] = vf_from_f16_low(vi_load_rows(p, stride));
-    tile->minimum[b] = vf_mul(tile->scale[b], vf_set((float)-zero));
+/* The f16 at `byte`. */
+WEIGHT_INLINE vf half_at(const vi *words, int byte) {
+    const vi word = words[byte / 4];
+    return vf_from_f16_low(byte % 4 == 0 ? word : vi_shr(word, 16));
 }
 
-WEIGHT_INLINE void put_scale_and_minimum(weight_tile *tile, int b, const uint8_t *p,
-                                         size_t stride) {
-    const vi pair = vi_load_rows(p, stride);
-    tile->scale[b] = vf_from_f16_low(pair);
-    tile->minimum[b] = vf_from_f16_low(vi_shr(pair, 16));
-}
+/* Block b of a tile, whose bytes start at `byte` of the words. */
+typedef void unpack_block_fn(weight_tile *tile, int b, const vi *words, int byte, const int16_t *q);
 
-WEIGHT_INLINE void unpack_Q4_0(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
-    for (int b = 0; b < n; b++, p += 18) {
-        put_scale(tile, b, p, stride, 8);
-        put_4_bits(tile, b, p + 2, stride, q);
+/* n blocks of `bytes` each, two of which are whole words. */
+WEIGHT_INLINE void unpack_blocks(weight_tile *tile, const vi *words, int n, const int16_t *q,
+                                 int bytes, unpack_block_fn *unpack) {
+    for (int b = 0; b < n; b += 2, words += bytes / 2) {
+        unpack(tile, b, words, 0, q);
+        if (b + 1 < n) unpack(tile, b + 1, words, bytes, q);
     }
 }
 
-WEIGHT_INLINE void unpack_Q4_1(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
-    for (int b = 0; b < n; b++, p += 20) {
-        put_scale_and_minimum(tile, b, p, stride);
-        put_4_bits(tile, b, p + 4, stride, q);
-    }
+WEIGHT_INLINE void block_Q4_0(weight_tile *tile, int b, const vi *words, int byte,
+                              const int16_t *q) {
+    tile->scale[b] = half_at(words, byte);
+    put_4_bits(tile, b, words, byte + 2, 8, q);
 }
 
-WEIGHT_INLINE void unpack_Q5_0(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
-    for (int b = 0; b < n; b++, p += 22) {
-        put_scale(tile, b, p, stride, 16);
-        put_5_bits(tile, b, p + 2, stride, q);
-    }
+WEIGHT_INLINE void block_Q4_1(weight_tile *tile, int b, const vi *words, int byte,
+                              const int16_t *q) {
+    tile->scale[b] = half_at(words, byte);
+    tile->minimum[b] = half_at(words, byte + 2);
+    put_4_bits(tile, b, words, byte + 4, 0, q);
 }
 
-WEIGHT_INLINE void unpack_Q5_1(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
-    for (int b = 0; b < n; b++, p += 24) {
-        put_scale_and_minimum(tile, b, p, stride);
-        put_5_bits(tile, b, p + 4, stride, q);
-    }
+WEIGHT_INLINE void block_Q5_0(weight_tile *tile, int b, const vi *words, int byte,
+                              const int16_t *q) {
+    tile->scale[b] = half_at(words, byte);
+    put_5_bits(tile, b, words, byte + 2, 16, q);
 }
 
-WEIGHT_INLINE void unpack_Q8_0(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
-    for (int b = 0; b < n; b++, p += 34) {
-        vb codes[8];
-        tile->scale[b] = vf_from_f16_low(vi_load_rows(p, stride));
-        vb_load_quads(codes, p + 2, stride);
-        vb_load_quads(codes + 4, p + 18, stride);
+WEIGHT_INLINE void block_Q5_1(weight_tile *tile, int b, const vi *words, int byte,
+                              const int16_t *q) {
+    tile->scale[b] = half_at(words, byte);
+    tile->minimum[b] = half_at(words, byte + 2);
+    put_5_bits(tile, b, words, byte + 4, 0, q);
+}
+
+WEIGHT_INLINE void block_Q8_0(weight_tile *tile, int b, const vi *words, int byte,
+                              const int16_t *q) {
+    tile->scale[b] = half_at(words, byte);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            put(tile, b, 2 * i, vi_low_signed_bytes(codes[i]), q);
-            put(tile, b, 2 * i + 1, vi_high_signed_bytes(codes[i]), q);
-        }
+    for (int i = 0; i < 8; i++) {
+        const vb codes = word_at(words, byte + 2 + 4 * i);
+        put(tile, b, 2 * i, vi_low_signed_bytes(codes), 0, q);
+        put(tile, b, 2 * i + 1, vi_high_signed_bytes(codes), 0, q);
     }
 }
+
+#define UNPACK_BLOCKS(NAME, BYTES)                                                                 \
+    WEIGHT_INLINE void unpack_##NAME(weight_tile *tile, const vi *words, int n,                    \
+                                     const int16_t *q) {                                           \
+        unpack_blocks(tile, words, n, q, BYTES, block_##NAME);                                     \
+    }
+UNPACK_BLOCKS(Q4_0, 18)
+UNPACK_BLOCKS(Q4_1, 20)
+UNPACK_BLOCKS(Q5_0, 22)
+UNPACK_BLOCKS(Q5_1, 24)
+UNPACK_BLOCKS(Q8_0, 34)
+#undef UNPACK_BLOCKS
 
 /* The first 16 bytes of Q4_K and Q5_K: two f16 and the 6-bit scales and minima (see weights.c). */
-WEIGHT_INLINE void unpack_scales_and_minima(weight_tile *tile, const uint8_t *p, size_t stride) {
+WEIGHT_INLINE void unpack_scales_and_minima(weight_tile *tile, const vi *head) {
     const vb six = vb_set(63), low = vb_set(15), high = vb_set(48);
-    vb head[4];
-    vb_load_quads(head, p, stride);
-    const vf unit = vf_from_f16_low(head[0]), unit_minimum = vf_from_f16_low(vi_shr(head[0], 16));
+    const vf unit = half_at(head, 0), unit_minimum = half_at(head, 2);
     const vb scales[2] = {vb_and(head[1], six),
                           vi_or(vb_and(head[3], low), vb_shr(head[1], 2, high))};
     const vb minima[2] = {vb_and(head[2], six),
@@ -173,17 +202,15 @@ WEIGHT_INLINE void unpack_scales_and_minima(weight_tile *tile, const uint8_t *p,
 }
 
 /* 32 bytes of nibbles per row: low halves are block b, high halves block b + 1. */
-WEIGHT_INLINE void unpack_Q4_K(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
+WEIGHT_INLINE void unpack_Q4_K(weight_tile *tile, const vi *words, int n, const int16_t *q) {
     (void)n; /* always a whole super-block */
-    unpack_scales_and_minima(tile, p, stride);
+    unpack_scales_and_minima(tile, words);
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b += 2) {
-        vb raw[8];
-        vb_load_quads(raw, p + 16 + b * 16, stride);
-        vb_load_quads(raw + 4, p + 32 + b * 16, stride);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) put_nibbles(tile, b, i, b + 1, i, raw[i], q);
+        for (int i = 0; i < 8; i++) {
+            put_nibbles(tile, b, i, b + 1, i, words[4 + b * 4 + i], 0, q);
+        }
     }
 }
 
@@ -193,24 +220,19 @@ WEIGHT_INLINE vb fifth_bit(vb bytes, int b) {
     return b < 4 ? vb_shl(bytes, 4 - b, sixteen) : vb_shr(bytes, b - 4, sixteen);
 }
 
-WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
+/* After the scales 32 bytes of fifth bits, bit b of each for block b. */
+WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const vi *words, int n, const int16_t *q) {
     (void)n;
-    unpack_scales_and_minima(tile, p, stride);
-    vb fifth[8]; /* [4 columns], bit b of each byte for block b */
-    vb_load_quads(fifth, p + 16, stride);
-    vb_load_quads(fifth + 4, p + 32, stride);
+    unpack_scales_and_minima(tile, words);
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b += 2) {
-        vb raw[8];
-        vb_load_quads(raw, p + 48 + b * 16, stride);
-        vb_load_quads(raw + 4, p + 64 + b * 16, stride);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
+            const vb raw = words[12 + b * 4 + i], fifth = words[4 + i];
 #pragma GCC unroll 8
             for (int high = 0; high < 2; high++) {
-                const vb codes = vi_or(nibbles_of(raw[i], high), fifth_bit(fifth[i], b + high));
-                put_quad(tile, b + high, i, codes, q);
+                const vb codes = vi_or(nibbles_of(raw, high), fifth_bit(fifth, b + high));
+                put_quad(tile, b + high, i, codes, 0, q);
             }
         }
     }
@@ -226,11 +248,10 @@ WEIGHT_INLINE void put_scaled(weight_tile *tile, int b, int half, const vb quads
     for (int i = 0; i < 8; i++) {
         const vb quad = quads[i / 2];
         const vi codes = vi_sub16(i % 2 ? vi_high_bytes(quad) : vi_low_bytes(quad), zero);
-        if (q) {
+        if (q)
             dot = vi_dot16(dot, codes, vi_set_lanes(q + b * 32 + half * 16 + i * 2));
-        } else {
+        else
             tile->codes[b][half * 8 + i] = vi_mul16(codes, scales);
-        }
     }
     if (q) tile->dot[b][half] = vi_mul(dot, scale);
 }
@@ -243,31 +264,24 @@ WEIGHT_INLINE vb top_bits(vb bytes, int run) {
 
 /* Four blocks, the runs of a half, share bytes of top bits, and two of them bytes of low bits: each
  * `i` is the first or second 16 columns of four blocks. */
-WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const uint8_t *p, size_t stride, int n,
-                               const int16_t *q) {
+WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const vi *words, int n, const int16_t *q) {
     (void)n;
-    const vf unit = vf_from_f16_low(vi_shr(vi_load_rows(p + 206, stride), 16));
-    vb scales[4]; /* [2 blocks], 4 scales per lane */
-    vb_load_quads(scales, p + 192, stride);
+    const vi *const low = words, *const top = words + 32, *const scales = words + 48;
+    const vf unit = half_at(words, 208);
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b++) tile->scale[b] = unit;
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
-        vb top[4];
-        vb_load_quads(top, p + 128 + i * 16, stride);
 #pragma GCC unroll 8
-        for (int pair = 0; pair < 2; pair++) {
-            vb raw[4], codes[4];
-            vb_load_quads(raw, p + i / 2 * 64 + pair * 32 + i % 2 * 16, stride);
+        for (int run = 0; run < 4; run++) {
+            const int b = i / 2 * 4 + run, half = i % 2;
+            vb codes[4];
 #pragma GCC unroll 8
-            for (int high = 0; high < 2; high++) {
-                const int run = pair + 2 * high, b = i / 2 * 4 + run, half = i % 2;
-#pragma GCC unroll 8
-                for (int j = 0; j < 4; j++) {
-                    codes[j] = vi_or(nibbles_of(raw[j], high), top_bits(top[j], run));
-                }
-                put_scaled(tile, b, half, codes, vi_byte(scales[b / 2], b % 2 * 2 + half), q);
+            for (int j = 0; j < 4; j++) {
+                const vb raw = low[i / 2 * 16 + run % 2 * 8 + half * 4 + j];
+                codes[j] = vi_or(nibbles_of(raw, run / 2), top_bits(top[i * 4 + j], run));
             }
+            put_scaled(tile, b, half, codes, vi_byte(scales[b / 2], b % 2 * 2 + half), q);
         }
     }
 }
@@ -287,11 +301,14 @@ WEIGHT_INLINE token_cursor cursor_at(const token_cursor *x, size_t token, size_t
     return (token_cursor){x->q + at * 32, x->scale + at, x->sums + at, x->n_cols};
 }
 
-/* total plus block b of a tile, whose codes . q are `dot` for token t; affine: there are minima. */
+/* total plus block b of a tile, whose codes . q are `dot` for token t; affine: there are minima. Of
+ * codes that were not reduced by `zero` the product is: it is an integer below 2^24, so exact. */
 WEIGHT_INLINE vf add_block(vf total, const weight_tile *tile, int b, vi dot, const token_cursor *x,
-                           int t, const bool affine) {
+                           int t, const bool affine, int zero) {
     const size_t at = (size_t)t * (x->n_cols / 32) + (size_t)b;
-    vf value = vf_mul(vf_from_vi(dot), tile->scale[b]);
+    vf product = vf_from_vi(dot);
+    if (zero) product = vf_sub(product, vf_set((float)zero * x->sums[at]));
+    vf value = vf_mul(product, tile->scale[b]);
     if (affine) value = vf_fma(vf_set(x->sums[at]), tile->minimum[b], value);
     return vf_fma(value, vf_set(x->scale[at]), total);
 }
@@ -328,7 +345,7 @@ WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int 
         for (int t = 0; t < n_tok; t++) {
 #pragma GCC unroll 8
             for (int v = 0; v < PANEL_VECTORS; v++) {
-                total[t][v] = add_block(total[t][v], &tiles[v], b, dot[t][v], x, t, affine);
+                total[t][v] = add_block(total[t][v], &tiles[v], b, dot[t][v], x, t, affine, 0);
             }
         }
     }
@@ -377,6 +394,7 @@ WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_V
                                   size_t bytes_tile, unpack_fn *unpack, const bool affine) {
     const size_t n_blocks = x.n_cols / 32;
     weight_tile tiles[PANEL_VECTORS];
+    tile_words words;
     size_t at = 0; /* bytes from the start of a row */
     for (int t = 0; t < n_tok; t++) {
         for (int v = 0; v < PANEL_VECTORS; v++) sum[t][v] = vf_zero();
@@ -384,7 +402,10 @@ WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_V
     for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, at += bytes_tile) {
         const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
         ahead = fetch(ahead, bytes_tile * VF_LANES * PANEL_VECTORS);
-        for (int v = 0; v < PANEL_VECTORS; v++) unpack(&tiles[v], w[v] + at, stride, n, NULL);
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            load_words(words, w[v] + at, stride, (size_t)n * bytes_tile / TILE_BLOCKS);
+            unpack(&tiles[v], words, n, NULL);
+        }
         for (int t = 0; t < n_tok;) {
             const token_cursor first = cursor_at(&x, (size_t)t, b);
             t += multiply_tiles_some(sum + t, tiles, n, &first, n_tok - t, affine);
@@ -395,18 +416,20 @@ WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_V
 /* The rows of one vector for one token. */
 WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride,
                                         const uint8_t *ahead, token_cursor x, size_t bytes_tile,
-                                        unpack_fn *unpack, const bool affine) {
+                                        unpack_fn *unpack, const bool affine, const int zero) {
     const size_t n_blocks = x.n_cols / 32;
     weight_tile tile;
+    tile_words words;
     vf total = vf_zero();
     for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, w += bytes_tile) {
         const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
         const token_cursor at = cursor_at(&x, 0, b);
         ahead = fetch(ahead, bytes_tile * VF_LANES);
-        unpack(&tile, w, stride, n, at.q);
+        load_words(words, w, stride, (size_t)n * bytes_tile / TILE_BLOCKS);
+        unpack(&tile, words, n, at.q);
         for (int i = 0; i < n; i++) {
             const vi dot = vi_add(tile.dot[i][0], tile.dot[i][1]);
-            total = add_block(total, &tile, i, dot, &at, 0, affine);
+            total = add_block(total, &tile, i, dot, &at, 0, affine, zero);
         }
     }
     *sum = total;
@@ -453,7 +476,7 @@ static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
 }
 
 /* Two functions for the panel: in one, gcc would hoist what the two unpackings have in common. */
-#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, AFFINE)                                                \
+#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, AFFINE, ZERO)                                          \
     static void together_##NAME(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS],             \
                                 size_t stride, const uint8_t *ahead, token_cursor x, int n_tok) {  \
         multiply_panel(sum, w, stride, ahead, x, n_tok, BYTES_TILE, unpack_##NAME, AFFINE);        \
@@ -462,21 +485,21 @@ static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
                              const uint8_t *ahead, token_cursor x, int n_tok) {                    \
         (void)n_tok;                                                                               \
         multiply_panel_alone(&sum[0][0], w[0], stride, ahead, x, BYTES_TILE, unpack_##NAME,        \
-                             AFFINE);                                                              \
+                             AFFINE, ZERO);                                                        \
     }                                                                                              \
     static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
                               const kvq_activations *x) {                                          \
         const size_t stride = x->n_cols / 32 * (BYTES_TILE) / TILE_BLOCKS;                         \
         multiply(y, y_stride, w, n_rows, x, stride, alone_##NAME, together_##NAME);                \
     }
-QUANTIZED_PRODUCT(Q4_0, 18 * 8, true)
-QUANTIZED_PRODUCT(Q4_1, 20 * 8, true)
-QUANTIZED_PRODUCT(Q5_0, 22 * 8, true)
-QUANTIZED_PRODUCT(Q5_1, 24 * 8, true)
-QUANTIZED_PRODUCT(Q8_0, 34 * 8, false)
-QUANTIZED_PRODUCT(Q4_K, 144, true)
-QUANTIZED_PRODUCT(Q5_K, 176, true)
-QUANTIZED_PRODUCT(Q6_K, 210, false)
+QUANTIZED_PRODUCT(Q4_0, 18 * 8, false, 8)
+QUANTIZED_PRODUCT(Q4_1, 20 * 8, true, 0)
+QUANTIZED_PRODUCT(Q5_0, 22 * 8, false, 16)
+QUANTIZED_PRODUCT(Q5_1, 24 * 8, true, 0)
+QUANTIZED_PRODUCT(Q8_0, 34 * 8, false, 0)
+QUANTIZED_PRODUCT(Q4_K, 144, true, 0)
+QUANTIZED_PRODUCT(Q5_K, 176, true, 0)
+QUANTIZED_PRODUCT(Q6_K, 210, false, 0)
 #undef QUANTIZED_PRODUCT
 
 /* ---- the product of float weights -------------------------------------------------------- */

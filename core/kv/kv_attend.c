@@ -422,10 +422,12 @@ void kvq_attend(kvq_attention *a, kvq_ring *ring, float *out, const float *q, co
         const int tiles = (n + a->tile - 1) / a->tile;
         kvq_pool_run(a->pool, tiles * a->n_kv_heads, attend_tile, &c);
     }
+    kvq_clock_end(a->clock, KVQ_STAGE_ATTENTION);
     if (kvq_ring_until_seal(ring) <= n) {
         kvq_pool_run(a->pool, a->n_kv_heads * KVQ_SIDES, append_side, &c);
     } else { /* a few copies: not worth a call to the threads */
         for (int task = 0; task < a->n_kv_heads * KVQ_SIDES; task++) append_side(&c, task, 0);
     }
     kvq_ring_advance(ring, n);
+    kvq_clock_end(a->clock, KVQ_STAGE_APPEND);
 }

@@ -7,6 +7,7 @@
 #ifndef KVQ_KV_ATTEND_H
 #define KVQ_KV_ATTEND_H
 
+#include "clock.h"
 #include "isa/isa.h"
 #include "kv/kv_ring.h"
 #include "pool.h"
@@ -14,6 +15,7 @@
 typedef struct kvq_attention {
     const kvq_isa *isa;
     kvq_pool *pool;
+    kvq_clock *clock; /* counts the time of attention and of the append that follows; may be NULL */
     int n_heads, n_kv_heads, group; /* group: query heads per KV head */
     int d_head, d;                  /* width in the model, and padded */
     int n_batch;
@@ -31,8 +33,8 @@ typedef struct kvq_attention {
     size_t worker_floats;
 } kvq_attention;
 
-/* Sets the shape and lays out the scratch memory; isa, pool and, before the call, top_blocks are
- * the caller's to set. */
+/* Sets the shape and lays out the scratch memory; isa, pool, clock and, before the call, top_blocks
+ * are the caller's to set. */
 void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *ring, int n_heads,
                            int d_head, int n_batch, int n_threads);
 

@@ -92,6 +92,35 @@ int kvq_ring_until_seal(const kvq_ring *ring) {
     return next_seal > ring->n ? next_seal - ring->n : 1;
 }
 
+/* Moves the recent rows of one head and side to the slots of n blocks later. */
+static void move_recent(const kvq_ring *ring, int head, int side, int n) {
+    const size_t block = (size_t)KVQ_BLOCK * (size_t)ring->d; /* numbers */
+    const int slots = ring->recent_rows / KVQ_BLOCK;
+    uint16_t *const rows = ring->recent[side] + (size_t)head * (size_t)slots * block;
+    uint16_t *const last = rows + (size_t)(slots - 1) * block;
+    uint16_t held[KVQ_BLOCK * KVQ_D_MAX];
+    for (int i = 0; i < n % slots; i++) {
+        memcpy(held, last, block * sizeof *held);
+        memmove(rows + block, rows, (size_t)(last - rows) * sizeof *rows);
+        memcpy(rows, held, block * sizeof *held);
+    }
+}
+
+void kvq_ring_repeat(kvq_ring *ring, int n) {
+    for (int head = 0; head < ring->n_heads; head++) {
+        for (int side = 0; side < KVQ_SIDES; side++) {
+            for (int b = 0; b < n; b++) {
+                memcpy(kvq_ring_block(ring, head, side, ring->n_sealed + b),
+                       kvq_ring_block(ring, head, side, b % ring->n_sealed),
+                       ring->track[side][head].block_bytes);
+            }
+            move_recent(ring, head, side, n);
+        }
+    }
+    ring->n_sealed += n;
+    ring->n += n * KVQ_BLOCK;
+}
+
 static void unseal(const kvq_ring *ring, int block) {
     float x[KVQ_BLOCK * KVQ_D_MAX];
     for (int head = 0; head < ring->n_heads; head++) {

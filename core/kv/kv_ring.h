@@ -56,6 +56,11 @@ void kvq_ring_truncate(kvq_ring *ring, int n);
  * be held. */
 void kvq_ring_seal(kvq_ring *ring, int n_sealed);
 
+/* For measuring: n more sealed blocks, which repeat those that there are one after the other; the
+ * recent rows, unchanged, follow them. At least one block must be sealed, and n be allowed by
+ * max_blocks. */
+void kvq_ring_repeat(kvq_ring *ring, int n);
+
 static inline uint8_t *kvq_ring_block(const kvq_ring *ring, int head, int side, int block) {
     const kvq_track *const track = &ring->track[side][head];
     return ring->sealed[side] + (size_t)ring->max_blocks * track->bytes_before +

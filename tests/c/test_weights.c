@@ -125,7 +125,7 @@ static guarded guard(size_t bytes) {
     return g;
 }
 
-enum { MAX_TOKENS = 70, MAX_ROWS = 64, MAX_COLUMNS = 2048 };
+enum { MAX_TOKENS = 140, MAX_ROWS = 64, MAX_COLUMNS = 2048 }; /* more than a chunk */
 
 /* Operands of one product, each at the end of its pages. */
 typedef struct operands {
@@ -384,7 +384,7 @@ static const char *test_extremes(void) { return each_product(check_extremes); }
 /* The same bits for a token and a row, however many come together, at whatever address and stride.
  * Each combination has its operands at the end of their pages: nothing is read past them. */
 static const char *check_company(const kvq_isa *isa, kvq_weight_kind kind) {
-    static const size_t tokens[] = {1, 2, 3, 4, 5, 8, 33}, rows[] = {1, 2, 3, 7, 8, 13, 64};
+    static const size_t tokens[] = {1, 2, 3, 4, 5, 8, 33}, rows[] = {1, 7, 8, 13, 17, 45, 64};
     const kvq_weight_format *const format = &kvq_weight_formats[kind];
     unsigned long long random = 7;
     const char *broken = NULL;

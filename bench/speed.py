@@ -1,0 +1,81 @@
+"""Measures speed by depth beside llama.cpp, and keeps the result with its provenance.
+
+    python bench/speed.py smollm2
+    python bench/speed.py /tmp/7b-shape.gguf --depths 0,8192,32768 --prompt 256 --fill
+
+Runs what `pykvq bench --peer llama.cpp` runs and writes bench/results/speed-MODEL-MACHINE.json.
+llama.cpp is `llama-cpp-python` (extra `oracle`), which should be compiled on this machine, so that
+it uses all that the processor has: `pip install --no-binary llama-cpp-python llama-cpp-python`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pykvq
+from pykvq.bench import harness, report
+from pykvq.bench.options import FILL_FROM, Options
+from pykvq.console import ProgressBar
+from pykvq.eval.record import processor
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers divided by commas."""
+    return [int(word) for word in text.split(",")]
+
+
+def machine_slug() -> str:
+    """The processor and its cores as a part of a file's name: "amd-epyc-2"."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {os.cpu_count()}".lower()).strip("-")
+
+
+def main() -> None:
+    """Runs the benchmark and writes its record."""
+    default = Options()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", help="a name of the catalogue or a GGUF file")
+    parser.add_argument("--depths", type=numbers, default=[0, 2048, 8192])
+    parser.add_argument("--kv", default="skvq,f16,q8_0", help="schemes, divided by commas")
+    parser.add_argument("--peer-kv", default="f16,q8_0", help="llama.cpp's, divided by commas")
+    parser.add_argument("--prompt", type=int, default=default.n_prompt)
+    parser.add_argument("--generate", type=int, default=default.n_gen)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--fill", action="store_true", help="repeat keys and values")
+    args = parser.parse_args()
+    options = Options(
+        kv=args.kv.split(","),
+        n_prompt=args.prompt,
+        n_gen=args.generate,
+        depths=args.depths,
+        repetitions=args.repetitions,
+        n_threads=args.threads,
+        fill_from=FILL_FROM if args.fill else None,
+        peer="llama.cpp",
+        peer_kv=args.peer_kv.split(","),
+    )
+    name = Path(args.model).name.removesuffix(".gguf")
+    words = [name if word == args.model else word for word in sys.argv[1:]]
+    with pykvq.Model(args.model) as model, ProgressBar() as progress:
+        record = harness.run(
+            model,
+            options,
+            command=f"python bench/speed.py {' '.join(words)}",
+            progress=progress,
+            announce=lambda result: print(report.line(result), flush=True),
+        )
+    path = RESULTS / f"speed-{name}-{machine_slug()}.json"
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    print(report.render(record, "md"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Speed by depth of context: what is measured, on which engines, against which limits."""

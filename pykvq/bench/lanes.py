@@ -1,0 +1,130 @@
+"""What is timed: an engine with a model, a KV cache and a timeline of tokens of its own.
+
+Owns how a lane of pykvq does it; that of llama.cpp is in `pykvq.bench.peer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pykvq import native
+from pykvq.closing import Closing
+from pykvq.errors import SchemeError
+
+if TYPE_CHECKING:
+    from pykvq.bench.options import Options
+    from pykvq.model import Model
+    from pykvq.native import SessionStats
+    from pykvq.session import IntArray
+
+
+class Lane(Protocol):
+    """One engine in one setting.
+
+    Attributes:
+        engine: "pykvq" or the name of a peer.
+        kv: Its KV cache, as it was asked for.
+        setting: The cache and all else that tells it from other lanes of the engine.
+    """
+
+    engine: str
+    kv: str
+    setting: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that it holds."""
+
+    def eval(self, tokens: IntArray) -> None:
+        """Appends tokens [n] and computes the logits of the last one."""
+
+    def truncate(self, n: int) -> None:
+        """Keeps the first n tokens."""
+
+    def fill(self, n: int) -> None:
+        """Repeats keys and values that it holds, up to n tokens.
+
+        n must differ from the tokens held by whole blocks of 64.
+        """
+
+    def stats(self) -> SessionStats | None:
+        """What the core says of the session, clocks included; None for a peer."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
+class OwnLane(Closing):
+    """A session of pykvq, its clocks running."""
+
+    engine = "pykvq"
+
+    def __init__(self, model: Model, kv: str, options: Options) -> None:
+        """Opens the session.
+
+        Args:
+            model: The model.
+            kv: The scheme: NAME or NAME:BITS.
+            options: Context, threads and passes.
+
+        Raises:
+            SchemeError: The scheme is not known, or its bits are fixed.
+            UnsupportedError: It has no form for this model.
+            MemoryLimitError: The cache does not fit into the memory.
+        """
+        name, bits = split_budget(kv)
+        self.kv = self.setting = kv
+        self._session = model.session(
+            kv=name,
+            kv_bits=bits,
+            n_ctx=options.n_ctx,
+            n_threads=options.n_threads,
+            n_batch=options.n_batch,
+        )
+        self._session.time_stages()
+        self._logits = np.empty((1, model.info.n_vocab), np.float32)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that it holds."""
+        return self._session.n_tokens
+
+    def eval(self, tokens: IntArray) -> None:
+        """Appends tokens [n] and computes the logits of the last one."""
+        self._session.eval(tokens, out=self._logits)
+
+    def truncate(self, n: int) -> None:
+        """Keeps the first n tokens."""
+        self._session.truncate(n)
+
+    def fill(self, n: int) -> None:
+        """Repeats sealed blocks, up to n tokens."""
+        self._session.fill(n)
+
+    def stats(self) -> SessionStats:
+        """What the core says of the session."""
+        return self._session.stats
+
+    def close(self) -> None:
+        """Frees the cache."""
+        self._session.close()
+
+
+def split_budget(kv: str) -> tuple[str, float | None]:
+    """A scheme and its bits from NAME or NAME:BITS.
+
+    Raises:
+        SchemeError: The scheme is not known, its bits are fixed, or they are no number.
+    """
+    name, colon, budget = kv.partition(":")
+    scheme = native.scheme_named(name)
+    if not colon:
+        return name, None
+    if not scheme.has_budget:
+        raise SchemeError(f"{kv}: the bits of this KV scheme are fixed.")
+    try:
+        return name, float(budget)
+    except ValueError:
+        raise SchemeError(f"{kv}: {budget!r} is not a number of bits.") from None

@@ -1,0 +1,104 @@
+"""How results compare: of one depth with depth 0, and of pykvq with a peer.
+
+Knows only the results' JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pykvq.bench.options import Options
+
+Json = dict[str, Any]
+
+#: The two tests.
+GENERATION, PROMPT = "generation", "prompt"
+
+#: The ratio of what a token takes longer at a depth than at depth 0.
+ATTENTION = "attention"
+
+#: The name of the peer's best setting of all that took part.
+BEST = "best"
+
+_TIME = "ms_per_token"
+_OVER = "ms_over_depth_0"
+
+
+def add_depth_costs(results: Sequence[Json]) -> None:
+    """Adds to every result how much longer a token takes than at depth 0; None if not known."""
+    at_0 = {_lane(r): r[_TIME] for r in results if r["depth"] == 0}
+    for r in results:
+        base = at_0.get(_lane(r))
+        r[_OVER] = None if base is None or r["depth"] == 0 else r[_TIME] - base
+
+
+def _lane(r: Json) -> tuple[str, str, str]:
+    return r["engine"], r["setting"], r["test"]
+
+
+def ratios(results: Sequence[Json], options: Options) -> Json:
+    """How many times as fast pykvq is as the peer: above 1, pykvq is faster.
+
+    Args:
+        results: All results, with their costs of depth.
+        options: What was timed.
+
+    Returns:
+        `ratios`: by kind (generation, prompt, attention) and depth, of the first scheme against the
+        peer's best setting for that test and depth; `ratios_by`: the same by scheme and by the
+        type of the peer's cache, "best" being the best of all; `peer_best`: by test and depth, the
+        setting that was the peer's best. The kind attention compares what generation takes
+        longer than at depth 0. A ratio that cannot be had (no depth 0; a cost of depth that is lost
+        in noise) is None.
+    """
+    caches = [BEST, *dict.fromkeys(options.peer_kv)]
+    by = {
+        kv: {cache: _compare(results, kv, cache) for cache in caches}
+        for kv in dict.fromkeys(options.kv)
+    }
+    return {
+        "ratios": by[options.kv[0]][BEST],
+        "ratios_by": by,
+        "peer_best": {
+            test: {str(depth): fastest["setting"] for depth, fastest in _fastest(results, test)}
+            for test in (GENERATION, PROMPT)
+        },
+    }
+
+
+def _fastest(results: Iterable[Json], test: str) -> list[tuple[int, Json]]:
+    """The peer's fastest result of a test, by depth."""
+    theirs = [r for r in results if r["engine"] != "pykvq" and r["test"] == test]
+    depths = sorted({r["depth"] for r in theirs})
+    return [
+        (depth, min((r for r in theirs if r["depth"] == depth), key=lambda r: float(r[_TIME])))
+        for depth in depths
+    ]
+
+
+def _compare(results: Sequence[Json], kv: str, cache: str) -> Json:
+    """Ratios of one scheme against one type of the peer's cache, by kind and depth."""
+    ours = [r for r in results if r["engine"] == "pykvq" and r["kv"] == kv]
+    theirs = [r for r in results if r["engine"] != "pykvq" and cache in (BEST, r["kv"])]
+
+    def by_depth(test: str, key: str, keep: Callable[[int], bool]) -> Json:
+        found: Json = {}
+        for r in ours:
+            if r["test"] == test and keep(r["depth"]):
+                others = [s for s in theirs if s["test"] == test and s["depth"] == r["depth"]]
+                found[str(r["depth"])] = _ratio([s[key] for s in others], r[key])
+        return found
+
+    return {
+        GENERATION: by_depth(GENERATION, _TIME, lambda depth: True),
+        PROMPT: by_depth(PROMPT, _TIME, lambda depth: True),
+        ATTENTION: by_depth(GENERATION, _OVER, lambda depth: depth > 0),
+    }
+
+
+def _ratio(theirs: Iterable[float | None], ours: float | None) -> float | None:
+    """The peer's least time over ours; times that are not above 0 say nothing."""
+    known = [time for time in theirs if time is not None and time > 0]
+    return min(known) / ours if known and ours is not None and ours > 0 else None
