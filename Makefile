@@ -157,8 +157,8 @@ bench-kv: $(BUILD)/bench_kv ext ## time scores, sums and encoding of every KV co
 quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_DATA; hours; goes on where it was)
 	$(PY) bench/quality.py smollm2 --tasks kl --chunks 16
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --tasks kl --chunks 16
-	$(PY) bench/quality.py smollm2 --text frankenstein.txt --tasks kl --chunks 8
-	$(PY) bench/quality.py qwen2.5-coder-0.5b --text frankenstein.txt --tasks kl --chunks 8
+	$(PY) bench/quality.py smollm2 --text frankenstein.txt --tasks kl --chunks 6
+	$(PY) bench/quality.py qwen2.5-coder-0.5b --text frankenstein.txt --tasks kl --chunks 6
 
 speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 20 minutes)
 	$(PY) bench/speed.py smollm2 --depths 0,2048,8192

@@ -1,8 +1,9 @@
 /* kv_codec.c: the rows of codecs.def as a table.
  *
  * Encoding is plain C, compiled with -ffp-contract=off, so that every machine writes the same
- * bytes. A scale is first rounded to what is stored, then the codes are chosen with the rounded one
- * (methods that do it the other way round lose a few percent; SKVQ's published code does).
+ * bytes. Where codes are chosen number by number, scales are first rounded to what is stored and
+ * the codes then chosen with those, without their stretch (kvq_stretch); a trellis is searched
+ * first.
  */
 #include "kv/kv_codec_parts.h"
 
@@ -21,7 +22,7 @@ void kvq_store_scales(uint8_t *half, uint8_t *codes, float *scale, int n) {
 void kvq_store_mean(uint8_t *half, uint8_t *codes, float *mean, int d) {
     float largest = 0;
     for (int c = 0; c < d; c++) largest = fmaxf(largest, fabsf(mean[c]));
-    const uint16_t unit_half = kvq_f32_to_f16(largest / 127.0f * 1.001f);
+    const uint16_t unit_half = kvq_f32_to_f16(fminf(largest / 127.0f * 1.001f, 65504.0f));
     const float unit = kvq_f16_to_f32(unit_half), inverse = kvq_inverse_or_zero(unit);
     memcpy(half, &unit_half, 2);
     for (int c = 0; c < d; c++) {

@@ -16,7 +16,7 @@
 
 /* Stores n scales >= 0 in 8 bits each below one half for the block; gives them back as stored. The
  * half is the largest scale / 255 rounded up a little, so that no code exceeds 255. Eight bits cost
- * nothing against exact scales (measured: docs/kv-schemes.md). */
+ * nothing against exact scales (measured: docs/schemes/skvq.md). */
 void kvq_store_scales(uint8_t *half, uint8_t *codes, float *scale, int n);
 
 /* The same for the mean of a block, with signs: mean[d] becomes what is stored. */
@@ -43,7 +43,7 @@ static inline float kvq_stretch(float xx, float xy, float yy, float part) {
 
 /* How much of it is undone. Values: all, since weights average them. Keys: half, since what noise
  * adds to a logit raises its weight on average (E[e^x] > e^E[x]), as the whole would. Measured:
- * docs/kv-schemes.md. */
+ * docs/schemes/skvq.md. */
 #define KVQ_STRETCH_KEYS 0.5f
 #define KVQ_STRETCH_VALUES 1.0f
 

@@ -1,8 +1,9 @@
 /* kv_plan.c: the plans by name. */
 #include "kv/kv_plan.h"
 
-/* Least mean square error of unit normal data that the codes of a codec allow, before they are
- * stretched (kvq_stretch). */
+/* Mean square error of unit normal data that the codes of a codec leave before they are stretched
+ * (kvq_stretch). What they leave after it, up to 1.4 times as much for 1-bit values, made worse
+ * plans: attention averages that noise. */
 static const float loss_of[KVQ_CODECS] = {
     [KVQ_CODEC_u1] = 0.3634f,  [KVQ_CODEC_u2] = 0.1188f,   [KVQ_CODEC_u4] = 0.01154f,
     [KVQ_CODEC_t1] = 0.307f,   [KVQ_CODEC_c8] = 0.195f,    [KVQ_CODEC_t2] = 0.0923f,
@@ -287,7 +288,7 @@ static void plan_skvq(kvq_track *tracks, const kvq_plan_request *r) {
 /* ---- SVDq -------------------------------------------------------------------------------- */
 
 static kvq_status plan_svdq(kvq_track *tracks, const kvq_plan_request *r, double bits) {
-    const int d = kvq_padded_width(r->d_head), units = (int)(bits * d / 16 + 0.5);
+    const int d = kvq_padded_width(r->d_head), units = (int)(bits * d / 16);
     if (units < 1 || units > d / 4) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
                         "%.3g bits per key element were asked for, expected %.3g to 4.", bits,

@@ -49,6 +49,12 @@ kvq_status kvq_scheme_check(const kvq_scheme *scheme, int d_head) {
                         "for widths up to %d.",
                         d_head, KVQ_D_MAX);
     }
+    if (scheme->plan == KVQ_PLAN_svdq_steps && d % 64 != 0) {
+        return kvq_fail(KVQ_ERR_UNSUPPORTED,
+                        "The KV scheme %s shares bits out by eighths of a head whose width is a "
+                        "multiple of 64, and this model's are %d wide; use svdq.",
+                        scheme->name, d_head);
+    }
     for (int side = 0; side < 2; side++) {
         const kvq_codec *const codec = &kvq_codecs[sides[side]];
         if (d % codec->d_multiple != 0) {
