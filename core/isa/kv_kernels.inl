@@ -1,6 +1,6 @@
 /* kv_kernels.inl: scores and sums over blocks and rows, in vector words (vec_*.h). Included by
  * isa_*.c with the target switched on. Every function matches its reference in kv_ref.c within the
- * tolerance of its row in tests/c/test_kv.c.
+ * tolerance of its row in tests/c/test_kv_codec.c.
  *
  * Queries go in groups of up to KV_QUERIES, which share one unpacking of the codes; the group's
  * size is a compile-time constant in each instance, so that its sums stay in registers.

@@ -1,14 +1,13 @@
 /* kv_plan.c: the plans by name. */
 #include "kv/kv_plan.h"
 
-/* Mean square error of unit normal data that the codes of a codec leave before they are stretched
- * (kvq_stretch). What they leave after it, up to 1.4 times as much for 1-bit values, made worse
- * plans: attention averages that noise. */
-static const float loss_of[KVQ_CODECS] = {
-    [KVQ_CODEC_u1] = 0.3634f,  [KVQ_CODEC_u2] = 0.1188f,   [KVQ_CODEC_u4] = 0.01154f,
+/* Before the stretch: what codes leave after it, up to 1.4 times as much for 1-bit values, made
+ * worse plans, since attention averages that noise. */
+const float kvq_plan_loss[KVQ_CODECS] = {
+    [KVQ_CODEC_u1] = 0.3474f,  [KVQ_CODEC_u2] = 0.1075f,   [KVQ_CODEC_u4] = 0.0094f,
     [KVQ_CODEC_t1] = 0.307f,   [KVQ_CODEC_c8] = 0.195f,    [KVQ_CODEC_t2] = 0.0923f,
-    [KVQ_CODEC_n1] = 0.3634f,  [KVQ_CODEC_n2] = 0.1175f,   [KVQ_CODEC_n3] = 0.0345f,
-    [KVQ_CODEC_nf4] = 0.0092f, [KVQ_CODEC_q8_0] = 0.00004f};
+    [KVQ_CODEC_n1] = 0.3589f,  [KVQ_CODEC_n2] = 0.1128f,   [KVQ_CODEC_n3] = 0.0345f,
+    [KVQ_CODEC_nf4] = 0.0092f, [KVQ_CODEC_q8_0] = 2.83e-5f};
 
 /* What errors of values count for against those of keys, beside what the sensitivities say: with
  * half of it plans diverge less at 1.5 and at 2 bits, on both models of the catalogue (text of the
@@ -55,8 +54,7 @@ static kvq_wave make_wave(kvq_basis_kind kind, const kvq_profile *p, int layer, 
 /* ---- widths of latent channels ----------------------------------------------------------- */
 
 enum { MOST_UNITS = KVQ_D_MAX / 4 };
-/* The same in a channel of mixed, by run: 8, 4, 2, 1 bits. */
-static const float loss_of_run[KVQ_RUNS] = {0.000044f, 0.00935f, 0.1125f, 0.3515f};
+const float kvq_plan_run_loss[KVQ_RUNS] = {0.000044f, 0.00935f, 0.1125f, 0.3515f};
 
 /* What a head's keys can be stored as with a number of 16-bit units per token: the widths of least
  * loss, reverse water-filling among 8, 4, 2, 1 and 0 bits. */
@@ -75,10 +73,11 @@ static void find_mixtures(mixture best[MOST_UNITS + 1], const float *importance,
                 for (int to1 = to2; to1 <= d; to1 += 16) {
                     const int units = n8 / 2 + (to4 - n8) / 4 + (to2 - to4) / 8 + (to1 - to2) / 16;
                     if (units > d / 4) continue;
-                    const float loss = loss_of_run[0] * sum[n8] +
-                                       loss_of_run[1] * (sum[to4] - sum[n8]) +
-                                       loss_of_run[2] * (sum[to2] - sum[to4]) +
-                                       loss_of_run[3] * (sum[to1] - sum[to2]) + (sum[d] - sum[to1]);
+                    const float loss = kvq_plan_run_loss[0] * sum[n8] +
+                                       kvq_plan_run_loss[1] * (sum[to4] - sum[n8]) +
+                                       kvq_plan_run_loss[2] * (sum[to2] - sum[to4]) +
+                                       kvq_plan_run_loss[3] * (sum[to1] - sum[to2]) +
+                                       (sum[d] - sum[to1]);
                     if (loss >= best[units].loss) continue;
                     best[units] = (mixture){loss,
                                             {(uint16_t)n8, (uint16_t)(to4 - n8),
@@ -138,7 +137,7 @@ static void make_ladder(ladder *l, const kvq_track *track, const kvq_profile *p,
         if (shape.d % kvq_codecs[codec].d_multiple) continue;
         l->codec[l->n] = codec;
         l->bytes[l->n] = kvq_codecs[codec].bytes(&shape);
-        l->loss[l->n++] = VALUE_WEIGHT * p->v_sensitivity[h] * loss_of[codec];
+        l->loss[l->n++] = VALUE_WEIGHT * p->v_sensitivity[h] * kvq_plan_loss[codec];
     }
 }
 
@@ -255,7 +254,7 @@ static kvq_status plan_asymkv(kvq_track *tracks, const kvq_plan_request *r) {
         const float all = divergence_of(r->profile, layer, side);
         for (int k = 0; k < 2; k++, ladders[i].n++) {
             ladders[i].bytes[k] = kvq_codecs[choice[k]].bytes(&shape) * (size_t)r->n_heads;
-            ladders[i].loss[k] = loss_of[choice[k]] * all;
+            ladders[i].loss[k] = kvq_plan_loss[choice[k]] * all;
         }
     }
     const kvq_status status = climb(ladders, n, r, r->bits);

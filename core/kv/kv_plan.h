@@ -32,6 +32,11 @@ typedef struct kvq_plan_request {
     int l_k, l_v;                  /* asymkv: layers that have the row's codecs; -1: the default */
 } kvq_plan_request;
 
+/* Mean square error of unit normal data that the codes of a codec leave before they are stretched
+ * (kvq_stretch), and those of a channel of mixed by run: 8, 4, 2, 1 bits. What plans compare codecs
+ * by; 0 where none chooses the codec. Tests measure them again. */
+extern const float kvq_plan_loss[KVQ_CODECS], kvq_plan_run_loss[KVQ_RUNS];
+
 /* Fills tracks[n_layers][KVQ_SIDES][n_heads]. Fails where the scheme needs a profile that is not
  * there, or bits that it cannot give. */
 kvq_status kvq_plan_make(kvq_track *tracks, const kvq_plan_request *request);

@@ -37,7 +37,13 @@ static inline float test_normal(unsigned long long *state) { /* sum of 12 unifor
     return s * 0.5f;
 }
 
+static inline void test_normals(float *x, size_t n, unsigned long long seed) {
+    unsigned long long state = seed * 2 + 1;
+    for (size_t i = 0; i < n; i++) x[i] = test_normal(&state);
+}
+
 /* One table per file, ended by {NULL, NULL}. */
-extern const kvq_test tests_gguf[], tests_weights[], tests_kv[], tests_kv_plan[], tests_pool[];
+extern const kvq_test tests_gguf[], tests_weights[], tests_kv_codec[], tests_kv[], tests_kv_plan[],
+    tests_pool[];
 
 #endif

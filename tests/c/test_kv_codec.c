@@ -1,0 +1,577 @@
+/* test_kv_codec.c: halves, codecs, and their kernels on every instruction set. */
+#include <float.h>
+
+#include "isa/isa.h"
+#include "kv/kv_plan.h"
+#include "test.h"
+
+enum { MOST_QUERIES = 9 };
+
+static const int widths[] = {32, 64, 80, 96, 128, 256, 512};
+enum { N_WIDTHS = sizeof widths / sizeof *widths };
+
+/* Keys as models have them: an offset per channel, and tokens of differing size. */
+static void make_rows(uint16_t *rows, int n, int d, unsigned long long seed) {
+    unsigned long long state = seed * 2 + 1;
+    float offset[KVQ_D_MAX];
+    for (int c = 0; c < d; c++) offset[c] = 2.0f * test_normal(&state);
+    for (int t = 0; t < n; t++) {
+        const float size = 1.0f + 0.5f * test_uniform(&state);
+        for (int c = 0; c < d; c++) {
+            rows[t * d + c] = kvq_f32_to_f16(offset[c] + size * test_normal(&state));
+        }
+    }
+}
+
+/* What is tried: every codec with one group of channels, mixed with every width at once; those that
+ * know groups with several, and mixed with each width alone. */
+typedef struct codec_case {
+    kvq_codec_id id;
+    int group; /* 0: the head */
+    int bits;  /* mixed: of all channels; 0: every width */
+} codec_case;
+
+static const codec_case more_cases[] = {{KVQ_CODEC_u1, 32, 0},   {KVQ_CODEC_u2, 32, 0},
+                                        {KVQ_CODEC_u2, 64, 0},   {KVQ_CODEC_u4, 32, 0},
+                                        {KVQ_CODEC_c8, 32, 0},   {KVQ_CODEC_c8, 64, 0},
+                                        {KVQ_CODEC_mixed, 0, 8}, {KVQ_CODEC_mixed, 0, 4},
+                                        {KVQ_CODEC_mixed, 0, 2}, {KVQ_CODEC_mixed, 0, 1}};
+enum { N_CASES = KVQ_CODECS + sizeof more_cases / sizeof *more_cases };
+
+static codec_case case_at(int i) {
+    return i < KVQ_CODECS ? (codec_case){(kvq_codec_id)i, 0, 0} : more_cases[i - KVQ_CODECS];
+}
+
+static const int run_bits[KVQ_RUNS] = {8, 4, 2, 1};
+
+static kvq_kv_shape shape_of(codec_case c, int d) {
+    kvq_kv_shape shape = kvq_plain_shape(d);
+    const int all[KVQ_RUNS] = {d / 8 / 4 * 4, d / 4 / 4 * 4, d / 4 / 8 * 8, d / 4 / 16 * 16};
+    for (int i = 0; i < KVQ_RUNS; i++) {
+        shape.run[i] = c.bits == 0 ? all[i] : c.bits == run_bits[i] ? d : 0;
+    }
+    if (c.group) shape.group = c.group;
+    return shape;
+}
+
+static bool fits(codec_case c, int d) {
+    return d % kvq_codecs[c.id].d_multiple == 0 && (c.group == 0 || d % c.group == 0);
+}
+
+/* "u2", "u2 in groups of 32", "mixed of 4 bits" */
+static const char *case_name(codec_case c) {
+    static char name[64];
+    const char *const codec = kvq_codecs[c.id].name;
+    if (c.group)
+        snprintf(name, sizeof name, "%s in groups of %d", codec, c.group);
+    else if (c.bits)
+        snprintf(name, sizeof name, "%s of %d bits", codec, c.bits);
+    else
+        snprintf(name, sizeof name, "%s", codec);
+    return name;
+}
+
+/* ---- halves ------------------------------------------------------------------------------ */
+
+static const char *halves_round_trip(void) {
+    for (uint32_t h = 0; h < 65536; h++) {
+        const bool nan = (h & 0x7c00u) == 0x7c00u && (h & 0x3ffu);
+        const float f = kvq_f16_to_f32((uint16_t)h);
+        if (nan ? f == f : kvq_f32_to_f16(f) != h) return TEST_FAIL("half 0x%04x changed", h);
+    }
+    return NULL;
+}
+
+static const char *halves_round_to_nearest_even(void) {
+    for (uint32_t h = 0; h < 0x7bffu; h++) { /* every pair of neighbours, subnormals included */
+        const float low = kvq_f16_to_f32((uint16_t)h), high = kvq_f16_to_f32((uint16_t)(h + 1));
+        const float middle = low + (high - low) * 0.5f; /* exact */
+        const uint32_t even = h & 1u ? h + 1 : h;
+        if (kvq_f32_to_f16(middle) != even || kvq_f32_to_f16(nextafterf(middle, 0.0f)) != h ||
+            kvq_f32_to_f16(nextafterf(middle, FLT_MAX)) != h + 1) {
+            return TEST_FAIL("around %g: not rounded to the nearest half, ties to even",
+                             (double)middle);
+        }
+    }
+    TEST_CHECK(kvq_f32_to_f16(65519.0f) == 0x7bffu && kvq_f32_to_f16(65520.0f) == 0x7c00u);
+    return NULL;
+}
+
+/* ---- codecs ------------------------------------------------------------------------------ */
+
+/* Mean square error over variance, of normal data without offsets: a few percent above the optimum
+ * of their levels (kv_format.h, methods in docs/kv-schemes.md), of which a scale per token and per
+ * channel gains a part, and stretching loses one: D becomes D / (1 - D) where it is whole. */
+static const double most_error[KVQ_CODECS] = {
+    [KVQ_CODEC_f16] = 1e-7,  [KVQ_CODEC_q8_0] = 6e-5,  [KVQ_CODEC_q4_0] = 0.012,
+    [KVQ_CODEC_u1] = 0.39,   [KVQ_CODEC_u2] = 0.122,   [KVQ_CODEC_u4] = 0.0125,
+    [KVQ_CODEC_c8] = 0.252,  [KVQ_CODEC_mixed] = 0.27, [KVQ_CODEC_t1] = 0.46,
+    [KVQ_CODEC_t2] = 0.106,  [KVQ_CODEC_n1] = 0.3634,  [KVQ_CODEC_n2] = 0.1175,
+    [KVQ_CODEC_n3] = 0.0345, [KVQ_CODEC_nf4] = 0.0094};
+
+static double most_error_of(codec_case c) {
+    static const double of_mixed[] = {[8] = 4.6e-5, [4] = 0.0096, [2] = 0.118, [1] = 0.395};
+    return c.bits ? of_mixed[c.bits] : most_error[c.id];
+}
+
+/* Of rows[KVQ_BLOCK][d]. */
+static double error_of(kvq_codec_id id, const uint16_t *rows, const kvq_kv_shape *shape) {
+    static uint8_t block[KVQ_BLOCK * KVQ_D_MAX * 2];
+    static float y[KVQ_BLOCK * KVQ_D_MAX];
+    double error = 0, power = 0;
+    kvq_codecs[id].encode(block, rows, shape);
+    kvq_codecs[id].decode(y, block, shape);
+    for (int i = 0; i < KVQ_BLOCK * shape->d; i++) {
+        const double x = kvq_f16_to_f32(rows[i]);
+        error += (y[i] - x) * (y[i] - x);
+        power += x * x;
+    }
+    return error / power;
+}
+
+static const char *codecs_lose_no_more_than_their_bits_imply(void) {
+    enum { D = 128, ROUNDS = 8 };
+    static uint16_t rows[KVQ_BLOCK * D];
+    static float y[KVQ_BLOCK * D];
+    for (int i = 0; i < N_CASES; i++) {
+        const codec_case c = case_at(i);
+        const kvq_kv_shape shape = shape_of(c, D);
+        double error = 0;
+        for (int round = 0; round < ROUNDS; round++) {
+            test_normals(y, (size_t)KVQ_BLOCK * D, (unsigned)round);
+            for (int k = 0; k < KVQ_BLOCK * D; k++) rows[k] = kvq_f32_to_f16(y[k]);
+            error += error_of(c.id, rows, &shape) / ROUNDS;
+        }
+        if (!(error <= most_error_of(c))) {
+            return TEST_FAIL("%s: error %.4g of the power, expected at most %.4g", case_name(c),
+                             error, most_error_of(c));
+        }
+    }
+    return NULL;
+}
+
+/* Numbers of a normal distribution proper (test_normal cuts off its tails), each pair by the method
+ * of Box and Muller. */
+static void make_normal_rows(uint16_t *rows, size_t n, unsigned long long *state) {
+    for (size_t i = 0; i < n; i += 2) {
+        const double u = (test_random(state) + 0.5) / 2147483648.0;
+        const double angle = test_random(state) * (6.283185307179586 / 2147483648.0);
+        rows[i] = kvq_f32_to_f16((float)(sqrt(-2 * log(u)) * cos(angle)));
+        rows[i + 1] = kvq_f32_to_f16((float)(sqrt(-2 * log(u)) * sin(angle)));
+    }
+}
+
+/* The error of a block's codes over the power of its rows, whatever the codes are stretched by:
+ * what is left with the best factor for each token, or each channel of mixed. Means are not
+ * stretched. */
+static double loss_of_codes(codec_case c, const uint16_t *rows, int d) {
+    static uint8_t block[KVQ_BLOCK * KVQ_D_MAX * 2];
+    static float y[KVQ_BLOCK * KVQ_D_MAX];
+    const kvq_kv_shape shape = shape_of(c, d);
+    const bool by_channel = c.id == KVQ_CODEC_mixed;
+    const bool has_mean = kvq_codec_mean_at(c.id, &shape) > 0;
+    double mean[KVQ_D_MAX] = {0}, xx[KVQ_D_MAX] = {0}, xy[KVQ_D_MAX] = {0}, yy[KVQ_D_MAX] = {0};
+    double left = 0, power = 0;
+    kvq_codecs[c.id].encode(block, rows, &shape);
+    kvq_codecs[c.id].decode(y, block, &shape);
+    for (int i = 0; i < KVQ_BLOCK * d; i++) {
+        const double x = kvq_f16_to_f32(rows[i]);
+        power += x * x;
+        if (has_mean) mean[i % d] += x / KVQ_BLOCK;
+    }
+    for (int i = 0; i < KVQ_BLOCK * d; i++) {
+        const int line = by_channel ? i % d : i / d;
+        const double off = kvq_f16_to_f32(rows[i]) - mean[i % d], code = y[i] - mean[i % d];
+        xx[line] += off * off;
+        xy[line] += off * code;
+        yy[line] += code * code;
+    }
+    for (int line = 0; line < (by_channel ? d : KVQ_BLOCK); line++) {
+        left += xx[line] - (yy[line] > 0 ? xy[line] * xy[line] / yy[line] : 0);
+    }
+    return left / power;
+}
+
+/* Plans weigh codecs by what they lose of normal data: the table is to be right for heads 64 and
+ * 128 wide. Of n3 and nf4 it has what the wider ones lose: the scale of a token fits few channels
+ * better than many. */
+static const char *plans_know_what_codecs_lose(void) {
+    enum { ROUNDS = 12 };
+    static const int d_heads[] = {64, 128};
+    static uint16_t rows[KVQ_BLOCK * 128];
+    for (int i = 0; i < N_CASES; i++) {
+        const codec_case c = case_at(i);
+        double known = kvq_plan_loss[c.id];
+        for (int run = 0; run < KVQ_RUNS; run++) {
+            if (c.bits == run_bits[run]) known = kvq_plan_run_loss[run];
+        }
+        if (c.group || known == 0) continue;
+        for (int w = 0; w < 2; w++) {
+            const bool by_width = c.id == KVQ_CODEC_n3 || c.id == KVQ_CODEC_nf4;
+            const double most_off = by_width ? 0.12 : 0.03;
+            unsigned long long state = 77;
+            double loss = 0;
+            for (int round = 0; round < ROUNDS; round++) {
+                make_normal_rows(rows, (size_t)(KVQ_BLOCK * d_heads[w]), &state);
+                loss += loss_of_codes(c, rows, d_heads[w]) / ROUNDS;
+            }
+            if (!(fabs(loss / known - 1) <= most_off)) {
+                return TEST_FAIL("%s, width %d: loses %.4g, expected %.4g within %g %%",
+                                 case_name(c), d_heads[w], loss, known, 100 * most_off);
+            }
+        }
+    }
+    return NULL;
+}
+
+/* Tokens whose groups of channels differ in size, now these and now those, in normal data: one
+ * scale for all groups cannot fit them, one for each does as well as if they were alike. */
+static const char *groups_have_scales_of_their_own(void) {
+    enum { D = 128 };
+    static const kvq_codec_id grouped[] = {KVQ_CODEC_u1, KVQ_CODEC_u2, KVQ_CODEC_u4, KVQ_CODEC_c8};
+    static uint16_t rows[KVQ_BLOCK * D];
+    unsigned long long state = 5;
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int c = 0; c < D; c++) {
+            const float size = (t + c / 32) % 4 ? 0.1f : 1.0f;
+            rows[t * D + c] = kvq_f32_to_f16(size * test_normal(&state));
+        }
+    }
+    for (size_t i = 0; i < sizeof grouped / sizeof *grouped; i++) {
+        const kvq_codec_id id = grouped[i];
+        const kvq_kv_shape one = shape_of((codec_case){id, 0, 0}, D);
+        const kvq_kv_shape four = shape_of((codec_case){id, 32, 0}, D);
+        const double alone = error_of(id, rows, &one), apart = error_of(id, rows, &four);
+        TEST_CHECK(kvq_codecs[id].bytes(&four) == kvq_codecs[id].bytes(&one) + 3 * KVQ_BLOCK);
+        if (!(apart <= 1.03 * most_error[id] && alone > 1.3 * apart)) {
+            return TEST_FAIL(
+                "%s: error %.4g in groups of 32, %.4g with one scale, expected at most "
+                "%.4g and more",
+                kvq_codecs[id].name, apart, alone, 1.03 * most_error[id]);
+        }
+    }
+    return NULL;
+}
+
+/* What is read back is as long as the rows in their direction where values are stretched whole, and
+ * half way to it from least squares where keys are: <x, y> = |x|^2 and the mean of that and |y|^2.
+ */
+static const char *blocks_are_stretched(void) {
+    enum { D = 64 };
+    static const kvq_codec_id values[] = {KVQ_CODEC_c8, KVQ_CODEC_t1, KVQ_CODEC_t2};
+    static const kvq_codec_id keys[] = {KVQ_CODEC_u1, KVQ_CODEC_u2, KVQ_CODEC_mixed};
+    static uint16_t rows[KVQ_BLOCK * D];
+    static uint8_t block[KVQ_BLOCK * D * 2];
+    static float x[KVQ_BLOCK * D], y[KVQ_BLOCK * D];
+    test_normals(x, KVQ_BLOCK * D / 2, 6);
+    for (int k = 0; k < KVQ_BLOCK * D / 2; k++) { /* without a mean, which is not stretched */
+        rows[k] = kvq_f32_to_f16(x[k]);
+        rows[k + KVQ_BLOCK * D / 2] = rows[k] ^ 0x8000u;
+    }
+    for (int i = 0; i < 6; i++) {
+        const kvq_codec_id id = i < 3 ? values[i] : keys[i - 3];
+        kvq_kv_shape shape = kvq_plain_shape(D);
+        if (id == KVQ_CODEC_mixed) shape.run[2] = D;
+        kvq_codecs[id].encode(block, rows, &shape);
+        kvq_codecs[id].decode(y, block, &shape);
+        double xx = 0, xy = 0, yy = 0;
+        for (int k = 0; k < KVQ_BLOCK * D; k++) {
+            const double value = kvq_f16_to_f32(rows[k]);
+            xx += value * value;
+            xy += value * y[k];
+            yy += (double)y[k] * y[k];
+        }
+        /* of least squares z: y = stretch * z, with <x, z> = |z|^2 = (1 - D) |x|^2 */
+        const double kept = xy * xy / (xx * yy), found = xy / xx / kept;
+        const double expected = 1 / (1 - (i < 3 ? 1.0 : 0.5) * (1 - kept));
+        if (fabs(found / expected - 1) > 0.01) {
+            return TEST_FAIL("%s: stretched by %.4f, expected %.4f", kvq_codecs[id].name, found,
+                             expected);
+        }
+    }
+    return NULL;
+}
+
+static const char *codecs_take_any_input(void) {
+    static uint16_t rows[KVQ_BLOCK * 64];
+    static uint8_t block[KVQ_BLOCK * 64 * 2];
+    static float y[KVQ_BLOCK * 64];
+    static const uint16_t extremes[] = {0, 0x8000u, 1, 0x7bffu, 0xfbffu, 0x7c00u, 0xfc00u, 0x7e00u};
+    for (int i = 0; i < N_CASES; i++) {
+        const codec_case c = case_at(i);
+        const kvq_kv_shape shape = shape_of(c, 64);
+        for (int e = 0; e < 8; e++) { /* all alike, then one among zeros, then mixed */
+            for (int k = 0; k < KVQ_BLOCK * 64; k++) rows[k] = extremes[e];
+            kvq_codecs[c.id].encode(block, rows, &shape);
+            kvq_codecs[c.id].decode(y, block, &shape);
+            if (extremes[e] == 0 && y[77] != 0) return TEST_FAIL("%s: zeros changed", case_name(c));
+            memset(rows, 0, sizeof rows);
+            rows[64 * 5 + 3] = extremes[e];
+            kvq_codecs[c.id].encode(block, rows, &shape);
+            kvq_codecs[c.id].decode(y, block, &shape);
+            for (int k = 0; k < KVQ_BLOCK * 64; k++) rows[k] = extremes[(k * 7 + k / 64) % 8];
+            kvq_codecs[c.id].encode(block, rows, &shape);
+        }
+    }
+    return NULL;
+}
+
+/* The stored bytes of every codec for fixed rows: [64][64] halves, then a block of each case. A
+ * stored format never changes silently. KVQ_WRITE_VECTORS=1 writes the
+ * file anew. */
+static const char *blocks_are_the_frozen_ones(void) {
+    enum { D = 64 };
+    const char *const folder = getenv("KVQ_TEST_DIR");
+    char path[512];
+    uint16_t rows[KVQ_BLOCK * D];
+    static uint8_t made[65536], found[65536];
+    size_t used = sizeof rows;
+    snprintf(path, sizeof path, "%s/vectors/kv_blocks.bin", folder ? folder : "tests");
+    make_rows(rows, KVQ_BLOCK, D, 2405);
+    memcpy(made, rows, sizeof rows);
+    for (int i = 0; i < N_CASES; i++) {
+        const kvq_kv_shape shape = shape_of(case_at(i), D);
+        kvq_codecs[case_at(i).id].encode(made + used, rows, &shape);
+        used += kvq_codecs[case_at(i).id].bytes(&shape);
+    }
+    const bool write = getenv("KVQ_WRITE_VECTORS") != NULL;
+    FILE *const file = fopen(path, write ? "wb" : "rb");
+    if (!file) return TEST_FAIL("%.300s cannot be opened", path);
+    const size_t moved = write ? fwrite(made, 1, used, file) : fread(found, 1, sizeof found, file);
+    fclose(file);
+    if (moved != used) return TEST_FAIL("%.300s has %zu bytes, expected %zu", path, moved, used);
+    for (size_t i = 0; i < used && !write; i++) {
+        if (made[i] != found[i]) return TEST_FAIL("byte %zu of %.300s differs", i, path);
+    }
+    return NULL;
+}
+
+/* ---- kernels ----------------------------------------------------------------------------- */
+
+/* Scores: root mean square difference from the reference over a block, relative to that of |q||k| /
+ * sqrt(d), the spread of a score. u1, u2, u4 and mixed round queries to 8 bits: with the largest of
+ * d normal channels at about 3 standard deviations, 3 / 127 / sqrt(12) = 0.7 % of the spread. Sums:
+ * relative to sum |p||v|. */
+static const double most_score_off[KVQ_CODECS] = {
+    [KVQ_CODEC_f16] = 1e-6, [KVQ_CODEC_q8_0] = 1e-6,   [KVQ_CODEC_q4_0] = 1e-6,
+    [KVQ_CODEC_u1] = 0.015, [KVQ_CODEC_u2] = 0.015,    [KVQ_CODEC_u4] = 0.015,
+    [KVQ_CODEC_c8] = 1e-6,  [KVQ_CODEC_mixed] = 0.015, [KVQ_CODEC_t1] = 1e-6,
+    [KVQ_CODEC_t2] = 1e-6,  [KVQ_CODEC_n1] = 1e-6,     [KVQ_CODEC_n2] = 1e-6,
+    [KVQ_CODEC_n3] = 1e-6,  [KVQ_CODEC_nf4] = 1e-6};
+/* c8, t1 and t2 round weights to 1/4095 of the largest of a block: off by 3e-5 on average here, and
+ * by ten times as much where large errors meet. */
+static const float most_accum_off[KVQ_CODECS] = {
+    [KVQ_CODEC_f16] = 1e-6f, [KVQ_CODEC_q8_0] = 1e-6f,  [KVQ_CODEC_q4_0] = 1e-6f,
+    [KVQ_CODEC_u1] = 1e-6f,  [KVQ_CODEC_u2] = 1e-6f,    [KVQ_CODEC_u4] = 1e-6f,
+    [KVQ_CODEC_c8] = 5e-4f,  [KVQ_CODEC_mixed] = 1e-6f, [KVQ_CODEC_t1] = 5e-4f,
+    [KVQ_CODEC_t2] = 5e-4f,  [KVQ_CODEC_n1] = 1e-6f,    [KVQ_CODEC_n2] = 1e-6f,
+    [KVQ_CODEC_n3] = 1e-6f,  [KVQ_CODEC_nf4] = 1e-6f};
+
+/* block and q: memory of just the size that they need. */
+static const char *check_kernels(const kvq_isa *isa, codec_case which, int d, int n, uint8_t *block,
+                                 float *q) {
+    const kvq_codec_id id = which.id;
+    static uint16_t rows[KVQ_BLOCK * KVQ_D_MAX];
+    static float decoded[KVQ_BLOCK * KVQ_D_MAX];
+    static float s[MOST_QUERIES * KVQ_BLOCK], s_ref[MOST_QUERIES * KVQ_BLOCK];
+    static float o[MOST_QUERIES * KVQ_D_MAX], o_ref[MOST_QUERIES * KVQ_D_MAX];
+    const kvq_kv_shape shape = shape_of(which, d);
+    make_rows(rows, KVQ_BLOCK, d, (unsigned)(d + n));
+    test_normals(q, (size_t)(n * d), 7);
+    kvq_codecs[id].encode(block, rows, &shape);
+    kvq_codecs[id].decode(decoded, block, &shape);
+    const kvq_query query = {.x = q, .n = n};
+
+    kvq_score_reference(id, s_ref, &query, block, &shape);
+    kvq_run_score(isa, id, s, &query, block, &shape);
+    for (int i = 0; i < n; i++) {
+        double off = 0, spread = 0, qq = 0;
+        for (int c = 0; c < d; c++) qq += (double)q[i * d + c] * (double)q[i * d + c];
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            const double difference =
+                (double)s[i * KVQ_BLOCK + t] - (double)s_ref[i * KVQ_BLOCK + t];
+            off += difference * difference;
+            for (int c = 0; c < d; c++) {
+                spread += qq * (double)decoded[t * d + c] * (double)decoded[t * d + c] / d;
+            }
+        }
+        if (!(off <= most_score_off[id] * most_score_off[id] * spread)) {
+            return TEST_FAIL(
+                "%s on %s, width %d, query %d of %d: scores are off by %.3g of their spread",
+                case_name(which), isa->name, d, i, n, sqrt(off / spread));
+        }
+    }
+    for (int i = 0; i < n * KVQ_BLOCK; i++) s[i] = fabsf(s_ref[i]) * 0.01f;
+    test_normals(o, (size_t)(n * d), 9);
+    memcpy(o_ref, o, sizeof o);
+    kvq_accum_reference(id, o_ref, s, n, block, &shape);
+    kvq_run_accum(isa, id, o, s, n, block, &shape);
+    for (int i = 0; i < n; i++) {
+        for (int c = 0; c < d; c++) {
+            float scale = 1;
+            for (int t = 0; t < KVQ_BLOCK; t++)
+                scale += fabsf(s[i * KVQ_BLOCK + t] * decoded[t * d + c]);
+            if (!(fabsf(o[i * d + c] - o_ref[i * d + c]) <= most_accum_off[id] * scale)) {
+                return TEST_FAIL(
+                    "%s on %s, width %d, query %d of %d, channel %d: sum %g, expected %g",
+                    case_name(which), isa->name, d, i, n, c, o[i * d + c], o_ref[i * d + c]);
+            }
+        }
+    }
+    return NULL;
+}
+
+static const char *kernels_match_the_reference(void) {
+    const kvq_isa *isa;
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    for (int i = 0; i < N_CASES; i++) {
+        for (int w = 0; w < N_WIDTHS; w++) {
+            for (int n = 1; n <= MOST_QUERIES && fits(case_at(i), widths[w]); n++) {
+                const kvq_kv_shape shape = shape_of(case_at(i), widths[w]);
+                uint8_t *const block = malloc(kvq_codecs[case_at(i).id].bytes(&shape));
+                float *const q = malloc((size_t)(n * widths[w]) * sizeof *q);
+                const char *const broken = check_kernels(isa, case_at(i), widths[w], n, block, q);
+                free(block);
+                free(q);
+                if (broken) return broken;
+            }
+        }
+    }
+    return NULL;
+}
+
+/* A query's result must not depend on which queries it is grouped with: passes are cut anywhere. */
+static const char *queries_do_not_disturb_each_other(void) {
+    enum { D = 64 };
+    const kvq_isa *isa;
+    static uint16_t rows[KVQ_BLOCK * D];
+    static uint8_t block[KVQ_BLOCK * D * 2];
+    static float q[MOST_QUERIES * D], s[MOST_QUERIES * KVQ_BLOCK], one[KVQ_BLOCK];
+    static float weights[MOST_QUERIES * KVQ_BLOCK];
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    make_rows(rows, KVQ_BLOCK, D, 3);
+    test_normals(q, MOST_QUERIES * D, 4);
+    for (int k = 0; k < N_CASES; k++) {
+        const codec_case c = case_at(k);
+        const kvq_kv_shape shape = shape_of(c, D);
+        kvq_codecs[c.id].encode(block, rows, &shape);
+        kvq_run_score(isa, c.id, s, &(kvq_query){.x = q, .n = MOST_QUERIES}, block, &shape);
+        test_normals(weights, MOST_QUERIES * KVQ_BLOCK, 5);
+        for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) weights[i] = fabsf(weights[i]);
+        for (int i = 0; i < MOST_QUERIES; i++) {
+            float sums[2][MOST_QUERIES * D] = {{0}};
+            kvq_run_score(isa, c.id, one, &(kvq_query){.x = q + i * D, .n = 1}, block, &shape);
+            if (memcmp(one, s + i * KVQ_BLOCK, sizeof one) != 0) {
+                return TEST_FAIL("%s: the scores of query %d change alone", case_name(c), i);
+            }
+            kvq_run_accum(isa, c.id, sums[0], weights, MOST_QUERIES, block, &shape);
+            kvq_run_accum(isa, c.id, sums[1], weights + i * KVQ_BLOCK, 1, block, &shape);
+            if (memcmp(sums[0] + i * D, sums[1], D * sizeof(float)) != 0) {
+                return TEST_FAIL("%s: the sums of query %d change alone", case_name(c), i);
+            }
+        }
+    }
+    return NULL;
+}
+
+/* Weights have any size, down to where floats end; kernels that take them as integers must not lose
+ * a block whose weights are small, nor make something of nothing. */
+static const char *sums_take_weights_of_any_size(void) {
+    enum { D = 64, TOKEN = 37 };
+    static const float sizes[] = {0, 1e-42f, 1e-35f, 1e-25f, 1e-10f, 1, 1e10f, 1e25f};
+    const kvq_isa *isa;
+    static uint16_t rows[KVQ_BLOCK * D];
+    static uint8_t block[KVQ_BLOCK * D * 2];
+    static float decoded[KVQ_BLOCK * D];
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    make_rows(rows, KVQ_BLOCK, D, 3);
+    for (int k = 0; k < N_CASES; k++) {
+        const codec_case c = case_at(k);
+        const kvq_kv_shape shape = shape_of(c, D);
+        kvq_codecs[c.id].encode(block, rows, &shape);
+        kvq_codecs[c.id].decode(decoded, block, &shape);
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            float p[KVQ_BLOCK] = {[TOKEN] = sizes[i]}, o[D] = {0};
+            kvq_run_accum(isa, c.id, o, p, 1, block, &shape);
+            for (int j = 0; j < D; j++) {
+                const float expected = sizes[i] * decoded[TOKEN * D + j];
+                /* what weighs less than 1e-30 may count as nothing */
+                const float off = fabsf(o[j] - expected), most = 1e-6f * fabsf(expected);
+                if (!(off <= (sizes[i] < 1e-30f ? 1e-30f : most))) {
+                    return TEST_FAIL("%s: a weight of %g gives %g, expected %g", case_name(c),
+                                     (double)sizes[i], (double)o[j], (double)expected);
+                }
+                if (sizes[i] == 0 && o[j] != 0) {
+                    return TEST_FAIL("%s: no weight gives %g", case_name(c), (double)o[j]);
+                }
+            }
+        }
+    }
+    return NULL;
+}
+
+static const char *softmax_matches_exp(void) {
+    const kvq_isa *isa;
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    for (int round = 0; round < 200; round++) {
+        unsigned long long state = (unsigned)round * 2 + 1;
+        float s[KVQ_BLOCK], x[KVQ_BLOCK], largest = round % 3 ? -INFINITY : 1.0f;
+        double sum = 0;
+        float most = largest;
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            x[t] = s[t] = t * 7 % 64 < round % 65 ? -INFINITY : 30.0f * test_uniform(&state);
+            most = fmaxf(most, x[t]);
+        }
+        const float got = isa->softmax(s, &largest);
+        TEST_CHECK(largest == most);
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            const double expected = x[t] == -INFINITY ? 0 : exp((double)(x[t] - most));
+            sum += expected;
+            if (fabs((double)s[t] - expected) > 4e-7 * expected + 1e-37) {
+                return TEST_FAIL("exp(%g): %g, expected %g", (double)(x[t] - most), (double)s[t],
+                                 expected);
+            }
+        }
+        if (fabs((double)got - sum) > 1e-5 * sum)
+            return TEST_FAIL("sum %g, expected %g", (double)got, sum);
+    }
+    return NULL;
+}
+
+static const char *swiglu_matches_exp(void) {
+    const kvq_isa *isa;
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    static const float extremes[] = {0,   -0.0f, 1e-30f, -1e-30f, 88,
+                                     -88, 1e4f,  -1e4f,  -87.5f,  87.5f};
+    float gate[83], up[83], x[83];
+    test_normals(gate, 83, 5);
+    test_normals(up, 83, 6);
+    for (int i = 0; i < 10; i++) gate[i] = extremes[i];
+    memcpy(x, gate, sizeof x);
+    isa->swiglu(gate, up, 83);
+    for (int i = 0; i < 83; i++) {
+        const double expected = (double)x[i] / (1 + exp(-(double)x[i])) * (double)up[i];
+        if (fabs((double)gate[i] - expected) > 1e-6 * fabs(expected) + 1e-35) {
+            return TEST_FAIL("silu(%g) * %g: %g, expected %g", (double)x[i], (double)up[i],
+                             (double)gate[i], expected);
+        }
+    }
+    return NULL;
+}
+
+const kvq_test tests_kv_codec[] = {
+    {"kv: halves survive f32 and back", halves_round_trip},
+    {"kv: f32 rounds to the nearest half, ties to even", halves_round_to_nearest_even},
+    {"kv: codecs lose no more than their bits imply", codecs_lose_no_more_than_their_bits_imply},
+    {"kv: plans know what codecs lose", plans_know_what_codecs_lose},
+    {"kv: groups of channels have scales of their own", groups_have_scales_of_their_own},
+    {"kv: what is read back is stretched", blocks_are_stretched},
+    {"kv: codecs take zeros, infinities and NaN", codecs_take_any_input},
+    {"kv: encoded blocks are the frozen ones", blocks_are_the_frozen_ones},
+    {"kv: kernels match the reference", kernels_match_the_reference},
+    {"kv: a query's result does not depend on its neighbours", queries_do_not_disturb_each_other},
+    {"kv: sums take weights of any size", sums_take_weights_of_any_size},
+    {"kv: softmax matches exp", softmax_matches_exp},
+    {"kv: swiglu matches exp", swiglu_matches_exp},
+    {NULL, NULL},
+};
