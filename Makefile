@@ -159,6 +159,8 @@ quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_D
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --tasks kl --chunks 16
 	$(PY) bench/quality.py smollm2 --text frankenstein.txt --tasks kl --chunks 6
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --text frankenstein.txt --tasks kl --chunks 6
+	$(PY) bench/quality.py smollm2 --tasks needle,retrieval --trials 1
+	$(PY) bench/quality.py qwen2.5-coder-0.5b --tasks needle,retrieval --trials 1
 
 speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 20 minutes)
 	$(PY) bench/speed.py smollm2 --depths 0,2048,8192

@@ -234,8 +234,8 @@ def check_scheme(name: str) -> None:
             ) from None
         if name.partition(":")[0] in {scheme.name for scheme in schemes()}:
             raise UsageError(
-                f"The KV scheme {name!r} has its bits in its name, as only `eval` and `perplexity`"
-                " take it; here --kv-bits gives them."
+                f"The KV scheme {name!r} has its bits in its name, as commands take it that compare"
+                " schemes; here --kv-bits gives them."
             ) from None
         raise
 
@@ -279,7 +279,7 @@ def add_kv(parser: argparse._ActionsContainer, *, many: bool, default: str | Non
         type=_number,
         metavar="BITS",
         help="bits per element of schemes with a budget, such as auto (default: the scheme's);"
-        " `eval` and `perplexity` also take NAME:BITS",
+        " commands that compare schemes also take NAME:BITS",
     )
     parser.add_argument(
         "--asymkv-layers",

@@ -11,7 +11,7 @@ from conftest import write_tiny
 from gguf import GGUFReader
 
 from pykvq import Model, sensitivity
-from pykvq.calibrate import profile_of
+from pykvq.calibrate import profile_of, typical
 from pykvq.moments import collect
 from pykvq.profile import Profile, read_profile
 from pykvq.sensitivity import least_tokens, sensitivities
@@ -93,13 +93,14 @@ def test_the_noise_in_keys_has_the_logit_error_that_it_is_divided_by(
     importance = profile.arrays["k_importance"].astype(np.float64)
     losses = sensitivity._water_filled(importance, 2.0)
     moments = collect(tiny, random_tokens, n_ctx=N_CTX)
+    queries = typical(moments.q[1], moments.q_read[1])
     basis = profile.arrays["k_basis"][1].astype(np.float64)
     noise = sensitivity._KeyNoise(1, basis, losses[1])
     errors = []
     for first in range(200):
         rows = np.zeros((2, 64, 64), np.float32)
         noise(1, "k", first, rows)
-        errors.append(np.einsum("hta,hab,htb->h", rows, moments.q[1], rows) / 64)
+        errors.append(np.einsum("hta,hab,htb->h", rows, queries, rows) / 64)
     np.testing.assert_allclose(np.mean(errors, axis=0), (losses * importance)[1].sum(-1), rtol=0.02)
     for layer, side in ((0, "k"), (1, "v")):
         rows = np.zeros((2, 64, 64), np.float32)
