@@ -2,10 +2,11 @@
  *
  * Nanoseconds per token and KV head, for 1, 3, 4, 7 and 8 queries that share the head (a group of
  * query heads, or several tokens of a prompt), at heads 64 and 128 wide; the codec f16 is the
- * reading of plain halves. Blocks lie one after the other over more memory than the caches hold, as
- * in a long context: an argument gives another size in MiB (the default is 64 per codec), and 0
- * reads one block again and again, which shows the arithmetic alone. A codec without a kernel on
- * the instruction set, such as values' codecs for scores, is left out.
+ * reading of plain halves, and mixed is shown twice, without and with channels of 8 bits. Blocks
+ * lie one after the other over more memory than the caches hold, as in a long context: an argument
+ * gives another size in MiB (the default is 64 per codec), and 0 reads one block again and again,
+ * which shows the arithmetic alone. A codec without a kernel on the instruction set, such as
+ * values' codecs for scores, is left out.
  *
  * Time is that of the processor, since others may use it as well. Best of several runs.
  *
@@ -90,9 +91,13 @@ static double time_of(void (*run)(work *w), work *w, int n_blocks) {
     return best * 1e9 / ((double)n_blocks * KVQ_BLOCK);
 }
 
-static void open_work(work *w, const kvq_isa *isa, kvq_codec_id id, int d, size_t bytes) {
+/* wide: mixed has as many channels of 8 bits as of 4, 2 and 1, else none of 8 and 2 bits on
+ * average.
+ */
+static void open_work(work *w, const kvq_isa *isa, kvq_codec_id id, bool wide, int d,
+                      size_t bytes) {
     uint32_t state = 1;
-    const int run[KVQ_RUNS] = {0, d / 4, d / 4, d / 2}; /* mixed: 2 bits on average */
+    const int run[KVQ_RUNS] = {wide ? d / 4 : 0, d / 4, d / 4, wide ? d / 4 : d / 2};
     *w = (work){.isa = isa, .id = id, .shape = kvq_plain_shape(d)};
     memcpy(w->shape.run, run, sizeof run);
     w->block_bytes = kvq_codecs[id].bytes(&w->shape);
@@ -159,12 +164,14 @@ int main(int argc, char **argv) {
     }
     print_head(isa, mebibytes, json);
     for (int width = 0, printed = 0; width < N_WIDTHS; width++) {
-        for (kvq_codec_id id = 0; id < KVQ_CODECS; id++) {
+        for (int row = 0; row <= KVQ_CODECS; row++) {
             static work w;
+            const bool wide = row == KVQ_CODECS;
+            const kvq_codec_id id = wide ? KVQ_CODEC_mixed : (kvq_codec_id)row;
             const bool score = isa->score[id] != NULL, accum = isa->accum[id] != NULL;
             const int d = widths[width];
             if (!score && !accum) continue;
-            open_work(&w, isa, id, d, mebibytes << 20);
+            open_work(&w, isa, id, wide, d, mebibytes << 20);
             const double bits = 8.0 * (double)w.block_bytes / (KVQ_BLOCK * d);
             if (json) {
                 printf("%s\n{\"codec\":\"%s\",\"d\":%d,\"bits\":%.4f", printed++ ? "," : "",

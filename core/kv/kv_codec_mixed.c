@@ -33,76 +33,109 @@ static int count_units(const kvq_kv_shape *sh) {
     return n;
 }
 
-static void put(uint8_t *units, int n_units, int t, place p, int code) {
-    units[unit_at(t, p.unit, n_units) + (size_t)p.byte] |= (uint8_t)(code << p.shift);
-}
-
 static int get(const uint8_t *units, int n_units, int t, place p, int bits) {
     return units[unit_at(t, p.unit, n_units) + (size_t)p.byte] >> p.shift & ((1 << bits) - 1);
 }
 
-/* The step with which `half` levels to either side of 0 fit x[KVQ_BLOCK] best, of a few around the
- * one for normal data: channels differ in how heavy their tails are. And what it is stretched by:
- * to the least-squares step for these codes, and beyond. */
-static float fit_step(float *stretch, const float *x, float step, int half) {
+typedef float mixed_rows[KVQ_BLOCK][KVQ_D_MAX];
+
+/* Codes of four channels of a token, by their steps' inverses. */
+static kvq_four_ints codes_of(const float *x, kvq_four inverse, int half) {
+    const kvq_four none = {0}, highest = none + (2.0f * (float)half - 1.0f);
+    const kvq_four level = kvq_load_four(x) * inverse + (float)half;
+    const kvq_four low = kvq_where(level > none, level, none);
+    return __builtin_convertvector(kvq_where(low < highest, low, highest), kvq_four_ints);
+}
+
+/* The steps with which `half` levels to either side of 0 fit channels c .. c + 3 best, of a few
+ * around the one for normal data: channels differ in how heavy their tails are. And what they are
+ * stretched by: to the least-squares step for these codes, and beyond. */
+static void fit_steps(float step[4], float stretch[4], const mixed_rows x, int c, float normal_step,
+                      int half) {
     static const float factors[] = {0.7f, 0.85f, 1.0f, 1.2f, 1.5f, 2.0f};
-    float power = 0, best = 0, least = INFINITY;
-    *stretch = 1.0f;
-    for (int t = 0; t < KVQ_BLOCK; t++) power += x[t] * x[t];
-    for (size_t i = 0; i < sizeof factors / sizeof *factors; i++) {
-        const float s = factors[i] * step * sqrtf(power / KVQ_BLOCK);
-        const float inverse = kvq_inverse_or_zero(s), middle = (float)half - 0.5f;
-        float xy = 0, yy = 0;
+    const float middle = (float)half - 0.5f;
+    float least[4];
+    kvq_four power = {0};
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        power += kvq_load_four(x[t] + c) * kvq_load_four(x[t] + c);
+    }
+    for (int i = 0; i < 4; i++) {
+        step[i] = 0;
+        stretch[i] = 1.0f;
+        least[i] = INFINITY;
+    }
+    for (size_t k = 0; k < sizeof factors / sizeof *factors; k++) {
+        kvq_four s = {0}, inverse = {0}, xy = {0}, yy = {0};
+        for (int i = 0; i < 4; i++) {
+            s[i] = factors[k] * normal_step * sqrtf(power[i] / KVQ_BLOCK);
+            inverse[i] = kvq_inverse_or_zero(s[i]);
+        }
         for (int t = 0; t < KVQ_BLOCK; t++) {
-            const int code = kvq_clamped(x[t] * inverse + (float)half, 0, 2 * half - 1);
-            const float y = (float)code - middle;
-            xy += x[t] * y;
+            const kvq_four_ints code = codes_of(x[t] + c, inverse, half);
+            const kvq_four y = __builtin_convertvector(code, kvq_four) - middle;
+            xy += kvq_load_four(x[t] + c) * y;
             yy += y * y;
         }
-        const float error = s * (s * yy - 2.0f * xy); /* without x * x, the same for all */
-        if (error < least && s > 0) {
-            least = error;
-            best = s;
-            *stretch = fmaxf(xy / yy / s, 0.1f) * kvq_stretch(power, xy, yy, KVQ_STRETCH_KEYS);
+        for (int i = 0; i < 4; i++) {
+            /* without x * x, the same for all */
+            const float error = s[i] * (s[i] * yy[i] - 2.0f * xy[i]);
+            if (!(error < least[i] && s[i] > 0)) continue;
+            least[i] = error;
+            step[i] = s[i];
+            stretch[i] = fmaxf(xy[i] / yy[i] / s[i], 0.1f) *
+                         kvq_stretch(power[i], xy[i], yy[i], KVQ_STRETCH_KEYS);
         }
     }
-    return best;
+}
+
+/* Puts codes[t][i], `bits` of each from `low` on, where the channels of index at .. at + 3 of a run
+ * that begins with unit `first` have theirs. */
+static void put(uint8_t *units, int n_units, int first, int at, int bits, int low,
+                const kvq_four_ints codes[KVQ_BLOCK]) {
+    for (int i = 0; i < 4; i++) {
+        const place p = place_of(first, at + i, bits);
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            const int code = codes[t][i] >> low & ((1 << bits) - 1);
+            units[unit_at(t, p.unit, n_units) + (size_t)p.byte] |= (uint8_t)(code << p.shift);
+        }
+    }
 }
 
 void kvq_encode_mixed(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh) {
     const int d = sh->d, n_units = count_units(sh);
-    uint8_t *const scales = block + KVQ_MIXED_HEADER + d, *const units =
-                                                              block + kvq_mixed_units_at(sh);
-    float x[KVQ_D_MAX][KVQ_BLOCK], mean[KVQ_D_MAX] = {0}, step[KVQ_D_MAX];
-    float stretch[KVQ_D_MAX];
+    uint8_t *const scales = block + KVQ_MIXED_HEADER + d;
+    uint8_t *const units = block + kvq_mixed_units_at(sh);
+    mixed_rows x;
+    float mean[KVQ_D_MAX] = {0}, step[KVQ_D_MAX], stretch[KVQ_D_MAX];
     memset(block, 0, kvq_mixed_bytes(sh));
     for (int t = 0; t < KVQ_BLOCK; t++) {
-        for (int c = 0; c < d; c++) {
-            x[c][t] = kvq_f16_to_f32(rows[t * d + c]);
-            mean[c] += x[c][t];
-        }
+        kvq_halves_to_f32(x[t], rows + t * d, d);
+        for (int c = 0; c < d; c++) mean[c] += x[t][c];
     }
     for (int c = 0; c < d; c++) mean[c] *= 1.0f / KVQ_BLOCK;
     kvq_store_mean(block, block + KVQ_MIXED_HEADER, mean, d);
+    for (int t = 0; t < KVQ_BLOCK; t++) {
+        for (int c = 0; c < d; c++) x[t][c] -= mean[c];
+    }
     for (int run = 0, first = 0, unit = 0; run < KVQ_RUNS; run++) {
         const int n = sh->run[run], bits = widths[run], half = (1 << bits) / 2;
-        for (int c = first; c < first + n; c++) {
-            for (int t = 0; t < KVQ_BLOCK; t++) x[c][t] -= mean[c];
-            step[c] = fit_step(&stretch[c], x[c], steps[run], half);
-            step[c] *= stretch[c];
+        for (int c = first; c < first + n; c += 4) { /* runs are multiples of 4 */
+            fit_steps(step + c, stretch + c, x, c, steps[run], half);
+            for (int i = c; i < c + 4; i++) step[i] *= stretch[i];
         }
         kvq_store_scales(block + 2 + 2 * run, scales + first, step + first, n);
-        for (int c = first; c < first + n; c++) {
-            const int i = c - first;
-            const float inverse = stretch[c] * kvq_inverse_or_zero(step[c]);
-            for (int t = 0; t < KVQ_BLOCK; t++) {
-                const int code = kvq_clamped(x[c][t] * inverse + (float)half, 0, 2 * half - 1);
-                if (bits == 8) {
-                    put(units, n_units, t, place_of(unit, i, 4), code >> 4);
-                    put(units, n_units, t, place_of(unit + (n + 3) / 4, i, 4), code & 15);
-                } else {
-                    put(units, n_units, t, place_of(unit, i, bits), code);
-                }
+        for (int c = first; c < first + n; c += 4) {
+            kvq_four_ints codes[KVQ_BLOCK];
+            kvq_four inverse = {0};
+            for (int i = 0; i < 4; i++) {
+                inverse[i] = stretch[c + i] * kvq_inverse_or_zero(step[c + i]);
+            }
+            for (int t = 0; t < KVQ_BLOCK; t++) codes[t] = codes_of(x[t] + c, inverse, half);
+            if (bits == 8) {
+                put(units, n_units, unit, c - first, 4, 4, codes);
+                put(units, n_units, unit + (n + 3) / 4, c - first, 4, 0, codes);
+            } else {
+                put(units, n_units, unit, c - first, bits, 0, codes);
             }
         }
         first += n;

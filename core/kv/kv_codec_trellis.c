@@ -13,68 +13,61 @@ const int8_t kvq_t1_level[16] = {30,  -92, 68,  -20, -60, 22,  -27, 60,
 const int8_t kvq_t2_level[16] = {126, 9,    60,  -53, 45,  -47, 18,  -12,
                                  -13, -126, -83, 89,  -77, 65,  -24, 25};
 
-enum { LANES = 32, LEVELS = 16, MOST_STATES = 8 };
+enum { LEVELS = 16, MOST_STATES = 8, MOST_WORDS = 4 };
 
-/* Four lanes, in the vectors of gcc and clang: gcc 12 makes scalars of the plain loop. The
- * arithmetic is the same on every machine. */
-typedef float four __attribute__((vector_size(16)));
-typedef int32_t four_ints __attribute__((vector_size(16)));
+typedef float t_rows[KVQ_BLOCK][KVQ_D_MAX];
 
-static four load(const float *p) {
-    four x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-static void store(float *p, four x) { memcpy(p, &x, sizeof x); }
-static four where(four_ints yes, four a, four b) {
-    return (four)(((four_ints)a & yes) | ((four_ints)b & ~yes));
-}
-
-/* Lowers least[i] to the cost of a window that leads to the state, where it is lower, and notes
- * that it was this one: before + (z - level)^2 without the part z^2 that all windows share. */
-static void try_window(float *least, float *which, const float *before, const float *z, float fixed,
-                       float linear, float index, int n) {
-    for (int i = 0; i < n; i += 4) {
-        const four c = load(before + i) + (fixed + linear * load(z + i)), best = load(least + i);
-        const four_ints lower = c < best;
-        store(which + i, where(lower, index - (four){0}, load(which + i)));
-        store(least + i, where(lower, c, best));
-    }
-}
-
-/* The path of least error (Viterbi's algorithm) for n channels side by side: z in units of the
+/* The paths of least error (Viterbi's algorithm) for four channels side by side, z[p][4] of them in
+ * the order of the stream: their words, and the levels y[p][4] that they use. z is in units of the
  * scale of its token, so that errors count relative to the size of their token: small values are
- * often those that attention looks at most. (Counting them by size tripled the divergence.) */
-static void find_path(uint8_t code[KVQ_BLOCK][LANES], float z[KVQ_BLOCK][LANES],
-                      const float level[LEVELS], int bits, int n) {
+ * often those that attention looks at most. (Counting them by size tripled the divergence.)
+ *
+ * A window is its old state in the low bits and the new code above them: windows s * branches + b
+ * lead to state s. The cost of a window is (z - level)^2 without the part z^2 that all share. */
+static inline __attribute__((always_inline)) void find_paths(uint32_t words[MOST_WORDS][4],
+                                                             float *y, const float *z,
+                                                             const float level[LEVELS], int bits) {
     const int states = LEVELS >> bits, branches = 1 << bits;
-    float cost[2][MOST_STATES][LANES];
-    static const float unreachable = 1e30f;
-    float from[KVQ_BLOCK][MOST_STATES][LANES];
-    for (int s = 0; s < states; s++) {
-        for (int i = 0; i < n; i++) cost[0][s][i] = s ? unreachable : 0.0f;
-    }
-    for (int t = 0; t < KVQ_BLOCK; t++) {
-        float (*const now)[LANES] = cost[t % 2], (*const next)[LANES] = cost[(t + 1) % 2];
-        for (int s = 0; s < states; s++) {
-            for (int i = 0; i < n; i++) next[s][i] = INFINITY;
-            for (int i = 0; i < n; i++) from[t][s][i] = 0;
-            for (int b = 0; b < branches; b++) { /* windows s * branches + b lead to state s */
+    const int codes = 32 / bits; /* of a word */
+    kvq_four cost[MOST_STATES];
+    int32_t from[KVQ_BLOCK][4]; /* the branches that led to each state, `bits` bits each */
+    for (int s = 0; s < states; s++) cost[s] = (kvq_four){0} + (s ? 1e30f : 0.0f);
+    for (int p = 0; p < KVQ_BLOCK; p++) {
+        const kvq_four zp = kvq_load_four(z + 4 * p);
+        kvq_four next[MOST_STATES];
+        kvq_four_ints branch = {0};
+        _Pragma("GCC unroll 8") for (int s = 0; s < states; s++) {
+            kvq_four_ints best = {0};
+            _Pragma("GCC unroll 4") for (int b = 0; b < branches; b++) {
                 const int window = s * branches + b;
-                try_window(next[s], from[t][s], now[window % states], z[t],
-                           level[window] * level[window], -2.0f * level[window], (float)b, n);
+                const float l = level[window];
+                const kvq_four c = cost[window % states] + (l * l + -2.0f * l * zp);
+                if (b == 0) {
+                    next[s] = c;
+                } else {
+                    const kvq_four_ints lower = c < next[s];
+                    best = kvq_where_ints(lower, b - (kvq_four_ints){0}, best);
+                    next[s] = kvq_where(lower, c, next[s]);
+                }
             }
+            branch |= best << (s * bits);
         }
+        memcpy(from[p], &branch, sizeof branch);
+        memcpy(cost, next, (size_t)states * sizeof *next);
     }
-    for (int i = 0; i < n; i++) {
-        int s = 0;
-        for (int other = 1; other < states; other++) {
-            s = cost[KVQ_BLOCK % 2][other][i] < cost[KVQ_BLOCK % 2][s][i] ? other : s;
-        }
-        for (int t = KVQ_BLOCK - 1; t >= 0; t--) {
-            const int window = s * branches + (int)from[t][s][i];
-            code[t][i] = (uint8_t)(window >> (4 - bits));
-            s = window % states;
+    for (int i = 0; i < 4; i++) {
+        int state = 0;
+        for (int s = 1; s < states; s++) state = cost[s][i] < cost[state][i] ? s : state;
+        for (int w = KVQ_BLOCK / codes - 1; w >= 0; w--) {
+            uint32_t word = 0;
+            for (int p = (w + 1) * codes - 1; p >= w * codes; p--) {
+                const int window =
+                    state * branches + (from[p][i] >> (state * bits) & (branches - 1));
+                word = word << bits | (uint32_t)(window >> (4 - bits));
+                y[4 * p + i] = level[window];
+                state = window % states;
+            }
+            words[w][i] = word;
         }
     }
 }
@@ -84,63 +77,53 @@ static int next_window(int window, int code, int bits) {
     return window >> bits | code << (4 - bits);
 }
 
-/* Where the code at position p of a channel's stream lies in its words, and whose it is
- * (kv_format.h): word, byte and bits of the position, in the order of the stream. */
-typedef struct place {
-    int token, word, byte, shift;
-} place;
-
-static place place_of(int p, int bits) {
-    const int fields = 8 / bits, codes = 4 * fields; /* of a byte, of a word */
-    const int word = p / codes, byte = p % codes / fields, field = p % fields;
-    return (place){word * codes + 4 * field + byte, word, byte, field * bits};
+/* Where the words of channel c begin; they lie 64 bytes apart. */
+static size_t words_of(int c, int bits) {
+    return ((size_t)(c / 16 * 2 * bits) * 16 + (size_t)(c % 16)) * 4;
 }
 
-static size_t byte_at(place at, int c, int bits) {
-    return ((size_t)(c / 16 * 2 * bits + at.word) * 16 + (size_t)(c % 16)) * 4 + (size_t)at.byte;
+/* The token at position p of a channel's stream (kv_format.h). */
+static int token_at(int p, int bits) {
+    const int fields = 8 / bits, codes = 4 * fields; /* of a byte, of a word */
+    return p / codes * codes + 4 * (p % fields) + p % codes / fields;
 }
 
 static void make_levels(float out[LEVELS], const int8_t level[LEVELS]) {
     for (int i = 0; i < LEVELS; i++) out[i] = KVQ_LEVEL_UNIT * (float)level[i];
 }
 
-static void encode(uint8_t *block, const uint16_t *rows, int d, const int8_t levels[LEVELS],
-                   int bits) {
-    const int lanes = d % LANES ? KVQ_D_UNIT : LANES; /* channels side by side */
+static inline __attribute__((always_inline)) void encode(uint8_t *block, const uint16_t *rows,
+                                                         int d, const int8_t levels[LEVELS],
+                                                         int bits) {
     float scale[KVQ_BLOCK], inverse[KVQ_BLOCK], level[LEVELS];
     float xy[KVQ_BLOCK] = {0}, yy[KVQ_BLOCK] = {0};
-    uint8_t *const words = block + KVQ_T_HEADER;
+    t_rows x;
     memset(block, 0, KVQ_T_HEADER + 8 * (size_t)bits * (size_t)d);
     make_levels(level, levels);
     for (int t = 0; t < KVQ_BLOCK; t++) {
         float power = 0;
-        for (int c = 0; c < d; c++) {
-            const float x = kvq_f16_to_f32(rows[t * d + c]);
-            power += x * x;
-        }
+        kvq_halves_to_f32(x[t], rows + t * d, d);
+        for (int c = 0; c < d; c++) power += x[t][c] * x[t][c];
         scale[t] = sqrtf(power / (float)d);
         inverse[t] = kvq_inverse_or_zero(scale[t]);
     }
-    for (int first = 0; first < d; first += lanes) {
-        float z[KVQ_BLOCK][LANES]; /* in the order of the stream, as code */
-        uint8_t code[KVQ_BLOCK][LANES];
-        int window[LANES] = {0};
+    for (int c = 0; c < d; c += 4) {
+        float z[KVQ_BLOCK * 4], y[KVQ_BLOCK * 4]; /* in the order of the stream */
+        uint32_t words[MOST_WORDS][4];
         for (int p = 0; p < KVQ_BLOCK; p++) {
-            const int t = place_of(p, bits).token;
-            for (int i = 0; i < lanes; i++) {
-                z[p][i] = kvq_f16_to_f32(rows[t * d + first + i]) * inverse[t];
+            const int t = token_at(p, bits);
+            kvq_store_four(z + 4 * p, kvq_load_four(x[t] + c) * inverse[t]);
+        }
+        find_paths(words, y, z, level, bits);
+        for (int p = 0; p < KVQ_BLOCK; p++) {
+            const int t = token_at(p, bits);
+            for (int i = 4 * p; i < 4 * p + 4; i++) {
+                xy[t] += z[i] * y[i];
+                yy[t] += y[i] * y[i];
             }
         }
-        find_path(code, z, level, bits, lanes);
-        for (int p = 0; p < KVQ_BLOCK; p++) {
-            const place at = place_of(p, bits);
-            for (int i = 0; i < lanes; i++) {
-                window[i] = next_window(window[i], code[p][i], bits);
-                const float y = level[window[i]];
-                xy[at.token] += z[p][i] * y;
-                yy[at.token] += y * y;
-                words[byte_at(at, first + i, bits)] |= (uint8_t)(code[p][i] << at.shift);
-            }
+        for (int w = 0; w < 2 * bits; w++) {
+            memcpy(block + KVQ_T_HEADER + words_of(c, bits) + 64 * w, words[w], sizeof words[w]);
         }
     }
     for (int t = 0; t < KVQ_BLOCK; t++) { /* the scale that fits the levels chosen, stretched */
@@ -151,15 +134,17 @@ static void encode(uint8_t *block, const uint16_t *rows, int d, const int8_t lev
 }
 
 static void decode(float *x, const uint8_t *block, int d, const int8_t level[LEVELS], int bits) {
+    const int codes = 32 / bits; /* of a word */
     const float unit = kvq_load_f16(block) * KVQ_LEVEL_UNIT;
-    const uint8_t *const words = block + KVQ_T_HEADER;
     for (int c = 0; c < d; c++) {
+        const uint8_t *const words = block + KVQ_T_HEADER + words_of(c, bits);
         int window = 0;
         for (int p = 0; p < KVQ_BLOCK; p++) {
-            const place at = place_of(p, bits);
-            const int code = words[byte_at(at, c, bits)] >> at.shift & ((1 << bits) - 1);
+            const int t = token_at(p, bits);
+            const uint32_t word = kvq_load_u32(words + 64 * (p / codes));
+            const int code = (int)(word >> p % codes * bits) & ((1 << bits) - 1);
             window = next_window(window, code, bits);
-            x[at.token * d + c] = unit * (float)block[4 + at.token] * (float)level[window];
+            x[t * d + c] = unit * (float)block[4 + t] * (float)level[window];
         }
     }
 }

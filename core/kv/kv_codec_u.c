@@ -153,7 +153,7 @@ static void encode(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh,
     uint8_t *const means = block + kvq_u_means(sh), *const channels = means + d;
     uint8_t *const codes = channels + d;
     for (int t = 0; t < KVQ_BLOCK; t++) {
-        for (int c = 0; c < d; c++) x[t][c] = kvq_f16_to_f32(rows[t * d + c]);
+        kvq_halves_to_f32(x[t], rows + t * d, d);
     }
     memset(block, 0, kvq_u_bytes(sh, bits));
     take_mean(block, means, x, d);

@@ -2,6 +2,7 @@
 #include <float.h>
 
 #include "isa/isa.h"
+#include "kv/kv_codec_parts.h"
 #include "kv/kv_plan.h"
 #include "test.h"
 
@@ -78,6 +79,23 @@ static const char *halves_round_trip(void) {
         const bool nan = (h & 0x7c00u) == 0x7c00u && (h & 0x3ffu);
         const float f = kvq_f16_to_f32((uint16_t)h);
         if (nan ? f == f : kvq_f32_to_f16(f) != h) return TEST_FAIL("half 0x%04x changed", h);
+    }
+    return NULL;
+}
+
+static const char *many_halves_are_as_one(void) {
+    for (uint32_t h = 0; h < 65536; h += 4) {
+        const uint16_t halves[4] = {(uint16_t)h, (uint16_t)(h + 1), (uint16_t)(h + 2),
+                                    (uint16_t)(h + 3)};
+        float many[4];
+        kvq_halves_to_f32(many, halves, 4);
+        for (int i = 0; i < 4; i++) {
+            const float one = kvq_f16_to_f32(halves[i]);
+            if (memcmp(&one, &many[i], sizeof one) != 0) {
+                return TEST_FAIL("half 0x%04x: %g, expected %g", halves[i], (double)many[i],
+                                 (double)one);
+            }
+        }
     }
     return NULL;
 }
@@ -561,6 +579,7 @@ static const char *swiglu_matches_exp(void) {
 
 const kvq_test tests_kv_codec[] = {
     {"kv: halves survive f32 and back", halves_round_trip},
+    {"kv: many halves are read as one is", many_halves_are_as_one},
     {"kv: f32 rounds to the nearest half, ties to even", halves_round_to_nearest_even},
     {"kv: codecs lose no more than their bits imply", codecs_lose_no_more_than_their_bits_imply},
     {"kv: plans know what codecs lose", plans_know_what_codecs_lose},
