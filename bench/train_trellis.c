@@ -4,8 +4,8 @@
  *
  * Lloyd's algorithm over a trellis (Marcellin and Fischer, IEEE Trans. Comm. 38(1), 1990): code
  * normal data by the path of least error, move each level to the mean of the data that use it,
- * repeat; best of several starts. Prints the mean square error and the levels by their four bits of
- * the stream, the last one highest.
+ * repeat; best of several starts. Prints the mean square error and the levels, in units of
+ * KVQ_LEVEL_UNIT, by their four bits of the stream, the last one highest.
  */
 #include <math.h>
 #include <stdint.h>
@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LEVELS = 16, LENGTH = 64, CHAINS = 4000, ROUNDS = 60, STARTS = 24 };
+enum { UNITS = 59, LEVELS = 16, LENGTH = 64, CHAINS = 4000, ROUNDS = 60, STARTS = 24 };
 
 static double normal(uint64_t *state) {
     double u[2];
@@ -91,6 +91,8 @@ int main(int argc, char **argv) {
         }
     }
     printf("%d bits: mean square error %.5f\n", bits, least);
-    for (int i = 0; i < LEVELS; i++) printf("%.6ff,%s", best[i], i % 8 == 7 ? "\n" : " ");
+    for (int i = 0; i < LEVELS; i++) {
+        printf("%.0f,%s", best[i] * UNITS, i % 8 == 7 ? "\n" : " ");
+    }
     return 0;
 }

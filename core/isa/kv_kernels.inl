@@ -5,7 +5,11 @@
  * Queries go in groups of up to KV_QUERIES, which share one unpacking of the codes; the group's
  * size is a compile-time constant in each instance, so that its sums stay in registers.
  */
-#define KV_QUERIES 4
+#define KV_QUERIES 4 /* as many as vf_sums and vf_largests take */
+
+/* What is smaller counts as nothing where numbers become integers: its inverse need not be finite.
+ */
+#define KV_NEGLIGIBLE 1e-30f
 
 /* Over the queries of a group: unrolled, so that their sums stay in registers. */
 #define KV_EACH(i, nq) _Pragma("GCC unroll 4") for (int i = 0; i < (nq); i++)
@@ -217,7 +221,7 @@ KV_INLINE void u_prepare(const int nq, u_query *u, const float *x, const uint8_t
         }
         vf_largests(largest, top);
         KV_EACH(i, nq) {
-            inverse[i] = vf_set(largest[i] > 0 ? 127.0f / largest[i] : 0.0f);
+            inverse[i] = vf_set(largest[i] > KV_NEGLIGIBLE ? 127.0f / largest[i] : 0.0f);
             q_sum[i] = vi_zero();
         }
         for (int c = first; c < end; c += VF_LANES) {
@@ -319,7 +323,7 @@ U_CODEC(u4, 4)
 /* What the tokens of a block weigh for one query: p[t] times the scale of token t, as an integer
  * below 4096 in units of `unit`, in two planes of six bits (vw in vec_*.h). The rounding, 1.2e-4 of
  * the largest weight at most, is far below the error of the values themselves. A weight of 0 stays
- * 0; blocks that weigh less than the least normal numbers count as 0. */
+ * 0. */
 typedef struct token_weights {
     uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
     float unit;
@@ -329,7 +333,7 @@ typedef struct token_weights {
  */
 static __attribute__((noinline)) void weigh_tokens(token_weights *weights, const float *p, int n,
                                                    const uint8_t *scales, float scale_unit) {
-    static const float most = 4095.0f, negligible = 1e-30f;
+    static const float most = 4095.0f;
     _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][KVQ_BLOCK];
     float largest[KV_QUERIES];
     vf top[KV_QUERIES];
@@ -343,7 +347,7 @@ static __attribute__((noinline)) void weigh_tokens(token_weights *weights, const
     }
     vf_largests(largest, top);
     for (int i = 0; i < n; i++) {
-        const vf factor = vf_set(largest[i] > negligible ? most / largest[i] : 0.0f);
+        const vf factor = vf_set(largest[i] > KV_NEGLIGIBLE ? most / largest[i] : 0.0f);
         for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {
             vi rounded[4];
             for (int v = 0; v < 4; v++) {

@@ -75,7 +75,7 @@ KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *pl
         }
         vf_largests(largest, top);
         KV_EACH(i, nq) {
-            inverse[i] = vf_set(largest[i] > 0 ? 127.0f / largest[i] : 0.0f);
+            inverse[i] = vf_set(largest[i] > KV_NEGLIGIBLE ? 127.0f / largest[i] : 0.0f);
             q_sum[i] = vi_zero();
         }
         for (int c = 0; c < n; c += 32) { /* what it writes too much, the next run mends */
@@ -94,11 +94,11 @@ KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *pl
         KV_EACH(i, nq) {
             m[i].unit[plane] = unit * largest[i];
             m[i].at_mean -= m[i].unit[plane] * middle[run] * totals[i];
+            if (run == 0) m[i].unit[0] = 16.0f * m[i].unit[1];
         }
         x += n;
         scales += n;
     }
-    KV_EACH(i, nq) m[i].unit[0] = 16.0f * m[i].unit[1];
 }
 
 /* Adds to `dot`, for MIXED_TOKENS tokens, the products with `units` units of `bits`-bit codes, two

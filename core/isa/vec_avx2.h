@@ -11,7 +11,6 @@
 
 #define VF_LANES 8 /* f32 in a vector */
 #define VF_REGISTERS 16
-#define VB_LANES 32 /* bytes in a vector */
 
 typedef __m256 vf;
 typedef __m256i vi;
@@ -105,11 +104,6 @@ static inline vi vi_set_lanes(const void *p) { /* 4 bytes, repeated in all lanes
     memcpy(&x, p, 4);
     return _mm256_set1_epi32(x);
 }
-static inline vi vi_set_pairs(const void *p) { /* 2 bytes, repeated in all 16-bit lanes */
-    int16_t x;
-    memcpy(&x, p, 2);
-    return _mm256_set1_epi16(x);
-}
 #define vi_shr(a, n) _mm256_srli_epi32(a, n) /* n: a constant; zeros come in */
 #define vi_shl(a, n) _mm256_slli_epi32(a, n)
 static inline vi vi_shr_lanes(vi a, vi n) { return _mm256_srlv_epi32(a, n); } /* n: by lane */
@@ -127,9 +121,6 @@ static inline vi vi_add16(vi a, vi b) { return _mm256_add_epi16(a, b); }
 static inline vi vi_widen16(vi a) { /* adjacent i16 summed into i32 */
     return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
 }
-/* The first and the last eight i16, widened to i32. */
-static inline vi vi_first16(vi a) { return _mm256_cvtepi16_epi32(_mm256_castsi256_si128(a)); }
-static inline vi vi_last16(vi a) { return _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1)); }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 
 /* ---- words of the weight kernels --------------------------------------------------------- */
@@ -253,7 +244,7 @@ static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
     return (float)_mm_cvtsi128_si32(s);
 }
 
-/* ---- words of integer products ----------------------------------------------------------- */
+/* ---- words of the KV kernels ------------------------------------------------------------- */
 
 static inline float load_half(const void *p) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(kvq_load_u16(p))));
@@ -262,6 +253,12 @@ static inline vf vf_set_half(const void *p) {
     return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)kvq_load_u16(p)));
 }
 static inline vf vf_abs(vf a) { return _mm256_andnot_ps(vf_set(-0.0f), a); }
+
+/* The first n of the numbers at p, zeros in the other lanes; n may be any number. */
+static inline vf vf_load_first(const float *p, int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(vi_set(n), lane));
+}
 
 /* Of four vectors, the sum or the largest of all lanes of each. The order of the additions is the
  * same for all. */
@@ -277,6 +274,8 @@ static inline vf vf_abs(vf a) { return _mm256_andnot_ps(vf_set(-0.0f), a); }
     }
 VF_OF_EACH(vf_sums, _mm_add_ps)
 VF_OF_EACH(vf_largests, _mm_max_ps)
+
+/* ---- words of integer products ----------------------------------------------------------- */
 
 /* 8 or 16 bytes, repeated. */
 static inline vb vb_set8(const void *p) {
@@ -342,12 +341,6 @@ static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
     _mm256_storeu_si256((__m256i *)low, vb_from_vi(l));
 }
 
-/* The first n of the numbers at p, zeros in the other lanes; n may be any number. */
-static inline vf vf_load_first(const float *p, int n) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(vi_set(n), lane));
-}
-
 /* Words of 32 bits of 8 tokens at p; sets with more lanes have the next tokens at p + stride. */
 static inline vb vb_load_tokens(const uint8_t *p, size_t stride) {
     (void)stride;
@@ -355,8 +348,9 @@ static inline vb vb_load_tokens(const uint8_t *p, size_t stride) {
 }
 
 /* Units of 16 bits of 2 * VF_LANES tokens, two units side by side in each lane: those at p and
- * p + 32, or the first one twice where n, the units that are left, is 1. Sets with more lanes have
- * the next 16 tokens at p + stride. Tokens come in an order that vf_store_units undoes. */
+ * p + 32, or something in place of the second where n, the units that are left, is 1. Sets with
+ * more lanes have the next 16 tokens at p + stride. Tokens come in an order that vf_store_units
+ * undoes. */
 static inline void vb_load_units(vb pair[2], const uint8_t *p, size_t stride, int n) {
     const __m256i first = vb_load(p), second = vb_load(n > 1 ? p + 32 : p);
     (void)stride;

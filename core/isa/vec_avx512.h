@@ -220,8 +220,6 @@ static inline vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 #define vi_shl(a, n) _mm512_slli_epi32(a, n)
 static inline vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
 
-/* ---- words of integer products, as in vec_avx2.h ------------------------------------------ */
-
 static inline float load_half(const void *p) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(kvq_load_u16(p))));
 }
@@ -242,6 +240,8 @@ static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
     }
 VF_OF_EACH(vf_sums, add_ps)
 VF_OF_EACH(vf_largests, max_ps)
+
+/* ---- words of integer products, as in vec_avx2.h ------------------------------------------ */
 
 static inline vb vb_set8(const void *p) {
     int64_t x;
