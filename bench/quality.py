@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 CALIBRATION = "wiki.train.excerpt.txt"
 
-#: Budgets that schemes which have one are measured at, beside their own.
-BUDGETS = (1.25, 1.5, 2.5, 3)
+#: What the tables of docs/ show of `auto`, beside its own budget.
+AUTO_BUDGETS = ("auto:1.25", "auto:1.5", "auto:2.5", "auto:3")
 
 
 def announce(task: str, scheme: str, summary: Json) -> None:
@@ -52,12 +52,7 @@ def default_names(model: pykvq.Model) -> list[str]:
         for name in usable_names(model, print)
         if model.has_key_bias or not name.endswith("-nobias")
     ]
-    budgets = {scheme.name for scheme in pykvq.schemes() if scheme.has_budget}
-    return [
-        spelling
-        for name in names
-        for spelling in [name, *(f"{name}:{bits:g}" for bits in BUDGETS if name in budgets)]
-    ]
+    return [*names, *(AUTO_BUDGETS if "auto" in names else ())]
 
 
 def main() -> int:
