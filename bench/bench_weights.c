@@ -66,7 +66,7 @@ static double time_product(const kvq_isa *isa, kvq_weight_kind kind, float *y, c
     double best = 1e30, spent = 0;
     for (int run = 0; run < 3 || (spent < 0.3 && run < 100); run++) {
         const double start = seconds();
-        kvq_run_matmul(isa, kind, y, n_rows, w, n_rows, a);
+        kvq_run_matmul(isa, kind, y, n_rows, w, n_rows, NULL, a);
         const double taken = seconds() - start;
         if (taken < best) best = taken;
         spent += taken;

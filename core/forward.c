@@ -54,16 +54,25 @@ typedef struct products {
     size_t per_task[3]; /* rows */
 } products;
 
+/* The matrix of a task, and its first row there; NULL if there is no such task. */
+static const product *rows_of(const products *p, int task, size_t *first) {
+    int i = 0;
+    while (i < p->count && task >= p->tasks[i]) task -= p->tasks[i++];
+    if (i == p->count) return NULL;
+    *first = (size_t)task * p->per_task[i];
+    return &p->list[i];
+}
+
 static void multiply_rows(void *context, int task, int worker) {
     const products *const p = context;
-    int i = 0;
+    size_t first = 0, next = 0;
     (void)worker;
-    while (task >= p->tasks[i]) task -= p->tasks[i++];
-    const product *const m = &p->list[i];
-    const size_t first = (size_t)task * p->per_task[i], left = m->w->rows - first;
-    const size_t n = left < p->per_task[i] ? left : p->per_task[i];
+    const product *const m = rows_of(p, task, &first), *const then = rows_of(p, task + 1, &next);
+    const size_t left = m->w->rows - first, per_task = p->per_task[m - p->list];
+    const size_t n = left < per_task ? left : per_task;
     kvq_run_matmul(p->f->isa, m->w->kind, m->y + first, m->y_stride,
-                   m->w->data + first * m->w->row_bytes, n, &p->f->acts);
+                   m->w->data + first * m->w->row_bytes, n,
+                   then ? then->w->data + next * then->w->row_bytes : NULL, &p->f->acts);
     if (!m->bias || !m->bias->data) return;
     const float *const bias = kvq_tensor_vector(m->bias) + first;
     for (size_t t = 0; t < p->f->acts.n_tok; t++) {

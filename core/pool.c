@@ -4,10 +4,12 @@
  * spend the step waking up; one that spun on would burn a core between steps. Both sides therefore
  * watch the state for SPINS turns (tens of microseconds) before they wait on a condition.
  *
- * One 64-bit word says all there is to know about taking a task: the job's number (24 bits), how
- * many tasks it has (20), the next one (20). A thread takes a task by adding 1 to the very word it
- * read, so a late one can take nothing of a job that it did not read; and a job's function and
- * context change only after its last task is done.
+ * Each thread has a share of a job's tasks, neighbours, and takes them in order, so that it can
+ * fetch what comes next; when they are done, it takes the last ones of others. One 64-bit word says
+ * all there is to know about taking a task of a share: the job's number (24 bits), the end of the
+ * share (20), its next task (20). A thread takes one by changing the very word that it read, so a
+ * late one can take nothing of a job that it did not read; and a job's function and context change
+ * only after its last task is done.
  */
 #include "pool.h"
 
@@ -29,16 +31,18 @@ enum {
         << 20, /* the reference decodes a block on the stack; some systems give 128 KiB */
 };
 
+/* One thread; the caller's is the first. */
 typedef struct worker {
+    _Alignas(KVQ_ALIGN) atomic_uint_fast64_t share; /* job << 40 | end << 20 | next task */
     kvq_pool *pool;
     int number;
     pthread_t thread;
 } worker;
 
 struct kvq_pool {
-    _Alignas(KVQ_ALIGN) atomic_uint_fast64_t next; /* job << 40 | tasks << 20 | next task */
-    _Alignas(KVQ_ALIGN) atomic_int unfinished;     /* tasks of the job */
-    /* Written by the caller before `next` announces the job. */
+    _Alignas(KVQ_ALIGN) atomic_uint job;       /* its number, 24 bits: what workers wait for */
+    _Alignas(KVQ_ALIGN) atomic_int unfinished; /* tasks of the job */
+    /* Written by the caller before the shares. */
     _Alignas(KVQ_ALIGN) kvq_task_fn *run;
     void *context;
 
@@ -49,24 +53,37 @@ struct kvq_pool {
     worker workers[];
 };
 
-enum { MOST_TASKS = (1 << 20) - 1 };
+enum { MOST_TASKS = (1 << 20) - 1, JOBS = 1 << 24 };
 
-static uint32_t job_of(uint64_t next) { return (uint32_t)(next >> 40); }
-static uint32_t tasks_of(uint64_t next) { return (uint32_t)(next >> 20) & MOST_TASKS; }
-static uint32_t task_of(uint64_t next) { return (uint32_t)next & MOST_TASKS; }
+static uint64_t share_of(uint32_t job, uint32_t next, uint32_t end) {
+    return (uint64_t)job << 40 | (uint64_t)end << 20 | next;
+}
+static uint32_t end_of(uint64_t share) { return (uint32_t)(share >> 20) & MOST_TASKS; }
+static uint32_t next_of(uint64_t share) { return (uint32_t)share & MOST_TASKS; }
 
-/* Takes tasks until there are none left. */
+/* Takes the next task of a share, or its last one; false if none is left. */
+static bool take(worker *from, bool last, uint32_t *task) {
+    uint64_t share = atomic_load(&from->share);
+    while (next_of(share) < end_of(share)) {
+        *task = last ? end_of(share) - 1 : next_of(share);
+        const uint64_t left = last ? share - (1u << 20) : share + 1;
+        if (atomic_compare_exchange_weak(&from->share, &share, left)) return true;
+    }
+    return false;
+}
+
+/* Runs tasks until there are none left. */
 static void work(kvq_pool *pool, int number) {
-    uint64_t next = atomic_load(&pool->next);
-    while (task_of(next) < tasks_of(next)) {
-        if (!atomic_compare_exchange_weak(&pool->next, &next, next + 1)) continue;
-        pool->run(pool->context, (int)task_of(next), number);
-        if (atomic_fetch_sub(&pool->unfinished, 1) == 1) {
-            pthread_mutex_lock(&pool->lock);
-            pthread_cond_signal(&pool->job_done);
-            pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < pool->n_threads; i++) {
+        worker *const from = &pool->workers[(number + i) % pool->n_threads];
+        for (uint32_t task; take(from, i > 0, &task);) {
+            pool->run(pool->context, (int)task, number);
+            if (atomic_fetch_sub(&pool->unfinished, 1) == 1) {
+                pthread_mutex_lock(&pool->lock);
+                pthread_cond_signal(&pool->job_done);
+                pthread_mutex_unlock(&pool->lock);
+            }
         }
-        next = atomic_load(&pool->next);
     }
 }
 
@@ -75,15 +92,14 @@ static void *worker_main(void *argument) {
     kvq_pool *const pool = self->pool;
     uint32_t seen = 0;
     for (;;) {
-        uint32_t job = job_of(atomic_load(&pool->next));
+        uint32_t job = atomic_load(&pool->job);
         for (int i = 0; i < SPINS && job == seen; i++) {
             cpu_relax();
-            job = job_of(atomic_load_explicit(&pool->next, memory_order_relaxed));
+            job = atomic_load_explicit(&pool->job, memory_order_relaxed);
         }
         if (job == seen) {
             pthread_mutex_lock(&pool->lock);
-            while ((job = job_of(atomic_load(&pool->next))) == seen &&
-                   !atomic_load(&pool->closing)) {
+            while ((job = atomic_load(&pool->job)) == seen && !atomic_load(&pool->closing)) {
                 pthread_cond_wait(&pool->job_posted, &pool->lock);
             }
             pthread_mutex_unlock(&pool->lock);
@@ -100,12 +116,18 @@ void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context) 
         for (int task = 0; task < n_tasks; task++) run(context, task, 0);
         return;
     }
-    const uint64_t job = (job_of(atomic_load(&pool->next)) + 1) & 0xffffffu;
+    const uint32_t job = (atomic_load(&pool->job) + 1) % JOBS;
+    const uint64_t n = (uint64_t)n_tasks, n_threads = (uint64_t)pool->n_threads;
     pool->run = run;
     pool->context = context;
     atomic_store(&pool->unfinished, n_tasks);
+    for (uint64_t i = 0; i < n_threads; i++) {
+        const uint32_t first = (uint32_t)(i * n / n_threads);
+        const uint32_t end = (uint32_t)((i + 1) * n / n_threads);
+        atomic_store(&pool->workers[i].share, share_of(job, first, end));
+    }
     pthread_mutex_lock(&pool->lock); /* or a worker about to sleep could miss the job */
-    atomic_store(&pool->next, job << 40 | (uint64_t)n_tasks << 20);
+    atomic_store(&pool->job, job);
     pthread_cond_broadcast(&pool->job_posted);
     pthread_mutex_unlock(&pool->lock);
     work(pool, 0);
@@ -131,7 +153,8 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     for (pool->n_started = 1; pool->n_started < n_threads; pool->n_started++) {
         worker *const w = &pool->workers[pool->n_started];
-        *w = (worker){.pool = pool, .number = pool->n_started};
+        w->pool = pool;
+        w->number = pool->n_started;
         if (pthread_create(&w->thread, &attributes, worker_main, w) != 0) {
             kvq_fail(KVQ_ERR_MEMORY, "The system gave only %d of %d threads.", pool->n_started,
                      n_threads);

@@ -1,5 +1,6 @@
-/* pool.h: the threads of one session. They run numbered tasks, handed out one by one; which thread
- * runs which task never changes a result, since a task writes only what belongs to its number.
+/* pool.h: the threads of one session. They run numbered tasks; each thread begins with neighbours,
+ * and helps the others when it is done. Which thread runs which task never changes a result, since
+ * a task writes only what belongs to its number.
  */
 #ifndef KVQ_POOL_H
 #define KVQ_POOL_H

@@ -49,9 +49,11 @@ typedef struct kvq_activations {
 } kvq_activations;
 
 /* y[t * y_stride + r] = sum over c of w[r][c] * x[t][c] for n_rows rows that start at `w`, each of
- * n_cols / block * bytes bytes. The result for one token does not depend on n_tok. */
+ * n_cols / block * bytes bytes. The result for one token does not depend on n_tok. `ahead` is
+ * memory that will be wanted next, most likely more rows, and is fetched meanwhile, never read;
+ * or NULL. */
 typedef void kvq_matmul_fn(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
-                           const kvq_activations *x);
+                           const uint8_t *ahead, const kvq_activations *x);
 
 /* The definition, for any format: dequantizes blockwise and sums in f64; uses x->x only. */
 void kvq_matmul_reference(kvq_weight_kind kind, float *y, size_t y_stride, const uint8_t *w,

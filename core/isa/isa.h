@@ -83,9 +83,9 @@ static inline void kvq_run_add_waves(const kvq_isa *isa, float *s, const float *
 
 static inline void kvq_run_matmul(const kvq_isa *isa, kvq_weight_kind kind, float *y,
                                   size_t y_stride, const uint8_t *w, size_t n_rows,
-                                  const kvq_activations *x) {
+                                  const uint8_t *ahead, const kvq_activations *x) {
     if (isa->matmul[kind])
-        isa->matmul[kind](y, y_stride, w, n_rows, x);
+        isa->matmul[kind](y, y_stride, w, n_rows, ahead, x);
     else
         kvq_matmul_reference(kind, y, y_stride, w, n_rows, x);
 }

@@ -436,7 +436,8 @@ WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride
 }
 
 static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
-                     const kvq_activations *x, size_t stride, panel_fn *alone, panel_fn *together) {
+                     const uint8_t *ahead, const kvq_activations *x, size_t stride, panel_fn *alone,
+                     panel_fn *together) {
     const token_cursor first_token = {x->q, x->scale, x->sums, x->n_cols};
     /* Nothing may be read past the last row: of fewer than VF_LANES rows, one fills all lanes. */
     const bool few = n_rows < VF_LANES;
@@ -451,7 +452,6 @@ static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
         float *const out = y + first * y_stride;
         for (size_t r = 0; r < n_rows; r += (size_t)n_vectors * lanes) {
             const size_t next = r + (size_t)n_vectors * lanes;
-            const bool more = !few && next + (size_t)n_vectors * lanes <= n_rows;
             const uint8_t *rows[PANEL_VECTORS];
             size_t row[PANEL_VECTORS];
             for (int v = 0; v < n_vectors; v++) {
@@ -460,7 +460,7 @@ static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
                 if (row[v] + lanes > n_rows) row[v] = n_rows - lanes;
                 rows[v] = w + row[v] * stride;
             }
-            panel(sum, rows, few ? 0 : stride, more ? w + next * stride : NULL,
+            panel(sum, rows, few ? 0 : stride, next < n_rows ? w + next * stride : ahead,
                   cursor_at(&first_token, first, 0), n_tok);
             for (int t = 0; t < n_tok; t++) {
                 for (int v = 0; v < n_vectors; v++) {
@@ -488,9 +488,9 @@ static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
                              AFFINE, ZERO);                                                        \
     }                                                                                              \
     static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
-                              const kvq_activations *x) {                                          \
+                              const uint8_t *ahead, const kvq_activations *x) {                    \
         const size_t stride = x->n_cols / 32 * (BYTES_TILE) / TILE_BLOCKS;                         \
-        multiply(y, y_stride, w, n_rows, x, stride, alone_##NAME, together_##NAME);                \
+        multiply(y, y_stride, w, n_rows, ahead, x, stride, alone_##NAME, together_##NAME);         \
     }
 QUANTIZED_PRODUCT(Q4_0, 18 * 8, false, 8)
 QUANTIZED_PRODUCT(Q4_1, 20 * 8, true, 0)
@@ -558,14 +558,15 @@ WEIGHT_INLINE void multiply_floats_tile(float *y, size_t y_stride, const uint8_t
 }
 
 WEIGHT_INLINE void multiply_floats(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
-                                   const kvq_activations *x, int bytes, load_floats_fn *load) {
+                                   const uint8_t *ahead, const kvq_activations *x, int bytes,
+                                   load_floats_fn *load) {
     const size_t n_cols = x->n_cols, stride = n_cols * (size_t)bytes;
     for (size_t first = 0; first < n_rows; first += FLOAT_BLOCK) {
         const size_t end = n_rows - first < FLOAT_BLOCK ? n_rows : first + FLOAT_BLOCK;
         size_t t = 0;
 #define TILE(ROWS, TOKENS)                                                                         \
     multiply_floats_tile(y + t * y_stride + r, y_stride, w + r * stride,                           \
-                         r + 2 * (ROWS) <= n_rows ? w + (r + (ROWS)) * stride : NULL, ROWS,        \
+                         r + (ROWS) < n_rows ? w + (r + (ROWS)) * stride : ahead, ROWS,            \
                          x->x + t * n_cols, TOKENS, n_cols, bytes, load)
         for (; t + FLOAT_TOKENS <= x->n_tok; t += FLOAT_TOKENS) {
             size_t r = first;
@@ -589,8 +590,8 @@ WEIGHT_INLINE vf load_BF16(const uint8_t *p) { return vf_load_bf16(p); }
 
 #define FLOAT_PRODUCT(NAME, BYTES)                                                                 \
     static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
-                              const kvq_activations *x) {                                          \
-        multiply_floats(y, y_stride, w, n_rows, x, BYTES, load_##NAME);                            \
+                              const uint8_t *ahead, const kvq_activations *x) {                    \
+        multiply_floats(y, y_stride, w, n_rows, ahead, x, BYTES, load_##NAME);                     \
     }
 FLOAT_PRODUCT(F32, 4)
 FLOAT_PRODUCT(F16, 2)

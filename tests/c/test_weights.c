@@ -278,7 +278,7 @@ static float *seen_by_product(const operands *o) {
 static const char *multiply(const kvq_isa *isa, const operands *o, float *y, size_t y_stride) {
     const size_t n = o->x.n_tok * y_stride;
     for (size_t i = 0; i < n; i++) y[i] = -12345;
-    isa->matmul[o->kind](y, y_stride, o->w.data, o->n_rows, &o->x);
+    isa->matmul[o->kind](y, y_stride, o->w.data, o->n_rows, NULL, &o->x);
     for (size_t i = 0; i < n; i++) {
         if (i % y_stride >= o->n_rows && y[i] != -12345) return TEST_FAIL("writes past its rows");
     }
