@@ -220,6 +220,21 @@ static void add_waves(const kvq_attention *a, const kvq_ring *ring, const kvq_wa
     kvq_run_add_waves(a->isa, s, turned, n, waves, 2 * wave->n);
 }
 
+/* Which block is the i-th that is read of a KV head. */
+static int block_at(const call *c, int kv_head, int i) {
+    return c->selected ? c->a->chosen[(size_t)kv_head * (size_t)c->ring->max_blocks + (size_t)i] : i;
+}
+
+/* Fetches the block that is read next of a side while the one before is worked on: the hardware
+ * does not follow the order in which kernels read a block. */
+static void fetch_block(const call *c, int kv_head, int side, int i) {
+    if (i >= c->n_blocks) return;
+    const uint8_t *const p = kvq_ring_block(c->ring, kv_head, side, block_at(c, kv_head, i));
+    const size_t bytes = c->ring->track[side][kv_head].block_bytes;
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+    __asm__ volatile(""); /* or gcc deems this function pure and drops the calls */
+}
+
 static void attend_segment(const call *c, running r, float *s, const kvq_query *query, int kv_head,
                            int segment, int tile_first, int tile_end) {
     const kvq_attention *const a = c->a;
@@ -238,11 +253,12 @@ static void attend_segment(const call *c, running r, float *s, const kvq_query *
     }
     const int stop = at_most((segment + 1) * a->segment_blocks, c->n_blocks);
     for (int i = segment * a->segment_blocks; i < stop; i++) {
-        const int b =
-            c->selected ? a->chosen[(size_t)kv_head * (size_t)ring->max_blocks + (size_t)i] : i;
+        const int b = block_at(c, kv_head, i);
+        fetch_block(c, kv_head, KVQ_KEYS, i + 1);
         kvq_run_score(a->isa, keys->codec, s, query, kvq_ring_block(ring, kv_head, KVQ_KEYS, b),
                       &keys->shape);
         if (wave->n) add_waves(a, ring, wave, s, on, turned, query->n, b);
+        fetch_block(c, kv_head, KVQ_VALUES, i + 1);
         weigh(a->isa, r, s, query->n, a->d);
         kvq_run_accum(a->isa, values->codec, r.o, s, query->n,
                       kvq_ring_block(ring, kv_head, KVQ_VALUES, b), &values->shape);
