@@ -10,11 +10,19 @@
  * share (20), its next task (20). A thread takes one by changing the very word that it read, so a
  * late one can take nothing of a job that it did not read; and a job's function and context change
  * only after its last task is done.
+ *
+ * Threads beyond the processors there are would only take these from each other: they sleep. Where
+ * other programs leave a worker none, the system may take it off in the middle of a task, for
+ * milliseconds in which all others wait. When that happens, half of the threads are left out for a
+ * while, twice as long each time that it happens again.
  */
 #include "pool.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
+
+#include "clock.h"
+#include "cpu.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,6 +37,13 @@ enum {
     SPINS = 4000,
     STACK_BYTES = 2
         << 20, /* the reference decodes a block on the stack; some systems give 128 KiB */
+};
+
+enum {                           /* nanoseconds */
+       STALL_NS = 100000,        /* a wait of so long, and */
+       STALL_RATIO = 2,          /* so many times what came before it, is a stall */
+       LEAST_PAUSE_NS = 8000000, /* of threads that are left out */
+       MOST_PAUSE_NS = 256000000,
 };
 
 /* One thread; the caller's is the first. */
@@ -46,8 +61,13 @@ struct kvq_pool {
     _Alignas(KVQ_ALIGN) kvq_task_fn *run;
     void *context;
 
+    int most_active;   /* threads for which there are processors */
+    atomic_int active; /* threads that take part: those of the lowest numbers */
+    uint64_t called_at, call_at,
+        pause; /* when their number rose last, may rise; for how long not */
+
     pthread_mutex_t lock; /* for sleeping only */
-    pthread_cond_t job_posted, job_done;
+    pthread_cond_t job_posted, job_done, called;
     atomic_bool closing;
     int n_threads, n_started;
     worker workers[];
@@ -72,11 +92,16 @@ static bool take(worker *from, bool last, uint32_t *task) {
     return false;
 }
 
+static bool is_active(kvq_pool *pool, int number) {
+    return number < atomic_load_explicit(&pool->active, memory_order_relaxed);
+}
+
 /* Runs tasks until there are none left. */
 static void work(kvq_pool *pool, int number) {
-    for (int i = 0; i < pool->n_threads; i++) {
-        worker *const from = &pool->workers[(number + i) % pool->n_threads];
-        for (uint32_t task; take(from, i > 0, &task);) {
+    const int n = atomic_load(&pool->active);
+    for (int i = 0; i < n; i++) {
+        worker *const from = &pool->workers[(number + i) % n];
+        for (uint32_t task; is_active(pool, number) && take(from, i > 0, &task);) {
             pool->run(pool->context, (int)task, number);
             if (atomic_fetch_sub(&pool->unfinished, 1) == 1) {
                 pthread_mutex_lock(&pool->lock);
@@ -87,22 +112,32 @@ static void work(kvq_pool *pool, int number) {
     }
 }
 
+/* Sleeps until there is a job for this thread, or none any more; returns the job's number. */
+static uint32_t sleep_until_called(kvq_pool *pool, int number, uint32_t seen) {
+    uint32_t job;
+    pthread_mutex_lock(&pool->lock);
+    while (!atomic_load(&pool->closing)) {
+        const bool active = is_active(pool, number);
+        if (active && atomic_load(&pool->job) != seen) break;
+        pthread_cond_wait(active ? &pool->job_posted : &pool->called, &pool->lock);
+    }
+    job = atomic_load(&pool->job);
+    pthread_mutex_unlock(&pool->lock);
+    return job;
+}
+
 static void *worker_main(void *argument) {
     const worker *const self = argument;
     kvq_pool *const pool = self->pool;
     uint32_t seen = 0;
     for (;;) {
         uint32_t job = atomic_load(&pool->job);
-        for (int i = 0; i < SPINS && job == seen; i++) {
+        for (int i = 0; i < SPINS && job == seen && is_active(pool, self->number); i++) {
             cpu_relax();
             job = atomic_load_explicit(&pool->job, memory_order_relaxed);
         }
-        if (job == seen) {
-            pthread_mutex_lock(&pool->lock);
-            while ((job = atomic_load(&pool->job)) == seen && !atomic_load(&pool->closing)) {
-                pthread_cond_wait(&pool->job_posted, &pool->lock);
-            }
-            pthread_mutex_unlock(&pool->lock);
+        if (job == seen || !is_active(pool, self->number)) {
+            job = sleep_until_called(pool, self->number, seen);
         }
         if (atomic_load(&pool->closing)) return NULL;
         seen = job;
@@ -110,20 +145,55 @@ static void *worker_main(void *argument) {
     }
 }
 
+/* Before a job: twice as many threads, if some have been left out for long enough. */
+static void call_more(kvq_pool *pool, uint64_t now) {
+    const int active = atomic_load(&pool->active);
+    if (active == pool->most_active || now < pool->call_at) return;
+    pthread_mutex_lock(&pool->lock); /* or a worker about to sleep could miss it */
+    atomic_store(&pool->active, active > pool->most_active / 2 ? pool->most_active : 2 * active);
+    pthread_cond_broadcast(&pool->called);
+    pthread_mutex_unlock(&pool->lock);
+    pool->called_at = now;
+}
+
+/* After a stall: half as many. */
+static void leave_out(kvq_pool *pool, uint64_t now) {
+    const bool again = now - pool->called_at < MOST_PAUSE_NS;
+    const uint64_t longer = 2 * pool->pause < MOST_PAUSE_NS ? 2 * pool->pause : MOST_PAUSE_NS;
+    pool->pause = again ? longer : LEAST_PAUSE_NS;
+    pool->call_at = now + pool->pause;
+    atomic_store(&pool->active, (atomic_load(&pool->active) + 1) / 2);
+}
+
+/* Waits for tasks that others have taken; begun: when the job was posted. */
+static void wait_for_others(kvq_pool *pool, uint64_t begun) {
+    for (int i = 0; i < SPINS && atomic_load(&pool->unfinished) > 0; i++) cpu_relax();
+    if (atomic_load(&pool->unfinished) == 0) return;
+    const uint64_t slept = kvq_now_ns();
+    pthread_mutex_lock(&pool->lock);
+    while (atomic_load(&pool->unfinished) > 0) pthread_cond_wait(&pool->job_done, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+    const uint64_t woke = kvq_now_ns();
+    if (woke - slept > STALL_NS && woke - slept > STALL_RATIO * (slept - begun)) {
+        leave_out(pool, woke);
+    }
+}
+
 void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context) {
     if (n_tasks <= 0) return;
-    if (n_tasks == 1 || pool->n_threads == 1 || n_tasks > MOST_TASKS) {
+    if (n_tasks == 1 || pool->most_active == 1 || n_tasks > MOST_TASKS) {
         for (int task = 0; task < n_tasks; task++) run(context, task, 0);
         return;
     }
+    const uint64_t now = kvq_now_ns();
+    call_more(pool, now);
     const uint32_t job = (atomic_load(&pool->job) + 1) % JOBS;
-    const uint64_t n = (uint64_t)n_tasks, n_threads = (uint64_t)pool->n_threads;
+    const uint64_t n = (uint64_t)n_tasks, active = (uint64_t)atomic_load(&pool->active);
     pool->run = run;
     pool->context = context;
     atomic_store(&pool->unfinished, n_tasks);
-    for (uint64_t i = 0; i < n_threads; i++) {
-        const uint32_t first = (uint32_t)(i * n / n_threads);
-        const uint32_t end = (uint32_t)((i + 1) * n / n_threads);
+    for (uint64_t i = 0; i < active; i++) {
+        const uint32_t first = (uint32_t)(i * n / active), end = (uint32_t)((i + 1) * n / active);
         atomic_store(&pool->workers[i].share, share_of(job, first, end));
     }
     pthread_mutex_lock(&pool->lock); /* or a worker about to sleep could miss the job */
@@ -131,12 +201,7 @@ void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context) 
     pthread_cond_broadcast(&pool->job_posted);
     pthread_mutex_unlock(&pool->lock);
     work(pool, 0);
-    for (int i = 0; i < SPINS && atomic_load(&pool->unfinished) > 0; i++) cpu_relax();
-    if (atomic_load(&pool->unfinished) > 0) {
-        pthread_mutex_lock(&pool->lock);
-        while (atomic_load(&pool->unfinished) > 0) pthread_cond_wait(&pool->job_done, &pool->lock);
-        pthread_mutex_unlock(&pool->lock);
-    }
+    wait_for_others(pool, now);
 }
 
 int kvq_pool_threads(const kvq_pool *pool) { return pool->n_threads; }
@@ -147,7 +212,12 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->job_posted, NULL);
     pthread_cond_init(&pool->job_done, NULL);
+    pthread_cond_init(&pool->called, NULL);
     pool->n_threads = n_threads;
+    pool->pause = LEAST_PAUSE_NS;
+    const int processors = kvq_cpu_count();
+    pool->most_active = n_threads < processors ? n_threads : processors;
+    atomic_store(&pool->active, pool->most_active);
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
@@ -173,8 +243,10 @@ void kvq_pool_close(kvq_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     atomic_store(&pool->closing, true);
     pthread_cond_broadcast(&pool->job_posted);
+    pthread_cond_broadcast(&pool->called);
     pthread_mutex_unlock(&pool->lock);
     for (int i = 1; i < pool->n_started; i++) pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->called);
     pthread_cond_destroy(&pool->job_done);
     pthread_cond_destroy(&pool->job_posted);
     pthread_mutex_destroy(&pool->lock);
