@@ -8,6 +8,7 @@
 #ifndef KVQ_ISA_H
 #define KVQ_ISA_H
 
+#include "kv/kv_basis.h"
 #include "kv/kv_codec.h"
 #include "kv/kv_wave.h"
 #include "weights.h"
@@ -25,6 +26,8 @@ typedef struct kvq_isa {
     kvq_score_rows_fn *score_rows;
     kvq_accum_rows_fn *accum_rows;
     kvq_add_waves_fn *add_waves;
+    kvq_hadamard_fn *hadamard;
+    kvq_multiply_fn *multiply;
     /* One block of an online softmax: raises *largest to the largest of the KVQ_BLOCK scores of a
      * query if that is larger, replaces each score by exp(score - *largest), returns their sum. A
      * score of -inf gives exactly 0, also where all are -inf. */
@@ -79,6 +82,17 @@ static inline void kvq_run_add_waves(const kvq_isa *isa, float *s, const float *
                                      const float *const *wave, int n_waves) {
     while (!isa->add_waves && isa->inherits) isa = isa->inherits;
     (isa->add_waves ? isa->add_waves : kvq_add_waves_reference)(s, factor, n, wave, n_waves);
+}
+
+static inline void kvq_run_hadamard(const kvq_isa *isa, float *x, int n, int d) {
+    while (!isa->hadamard && isa->inherits) isa = isa->inherits;
+    (isa->hadamard ? isa->hadamard : kvq_hadamard_reference)(x, n, d);
+}
+
+static inline void kvq_run_multiply(const kvq_isa *isa, float *x, const float *columns, int n,
+                                    int d) {
+    while (!isa->multiply && isa->inherits) isa = isa->inherits;
+    (isa->multiply ? isa->multiply : kvq_multiply_reference)(x, columns, n, d);
 }
 
 static inline void kvq_run_matmul(const kvq_isa *isa, kvq_weight_kind kind, float *y,

@@ -16,6 +16,7 @@
 
 #include "isa/elementwise_kernels.inl"
 #include "isa/kv_kernels.inl"
+#include "isa/kv_kernels_basis.inl"
 #include "isa/kv_kernels_calibrated.inl"
 #include "isa/kv_kernels_levels.inl"
 #include "isa/peak_kernels.inl"
@@ -40,7 +41,6 @@ const kvq_isa kvq_isa_avx2 = {
               [KVQ_CODEC_u2] = score_u2,
               [KVQ_CODEC_u4] = score_u4,
               [KVQ_CODEC_mixed] = score_mixed,
-              [KVQ_CODEC_n1] = score_n1,
               [KVQ_CODEC_n2] = score_n2,
               [KVQ_CODEC_n3] = score_n3,
               [KVQ_CODEC_nf4] = score_nf4},
@@ -50,13 +50,14 @@ const kvq_isa kvq_isa_avx2 = {
               [KVQ_CODEC_c8] = accum_c8,
               [KVQ_CODEC_t1] = accum_t1,
               [KVQ_CODEC_t2] = accum_t2,
-              [KVQ_CODEC_n1] = accum_n1,
               [KVQ_CODEC_n2] = accum_n2,
               [KVQ_CODEC_n3] = accum_n3,
               [KVQ_CODEC_nf4] = accum_nf4},
     .score_rows = score_rows,
     .accum_rows = accum_rows,
     .add_waves = add_waves,
+    .hadamard = hadamard,
+    .multiply = multiply_basis,
     .softmax = softmax,
     .swiglu = swiglu,
     .peak_int8 = peak_int8,

@@ -18,6 +18,7 @@
 
 #include "isa/elementwise_kernels.inl"
 #include "isa/kv_kernels.inl"
+#include "isa/kv_kernels_basis.inl"
 #include "isa/kv_kernels_calibrated.inl"
 #include "isa/peak_kernels.inl"
 #include "isa/weight_kernels.inl"
@@ -49,6 +50,8 @@ const kvq_isa kvq_isa_avx512 = {
     .score_rows = score_rows,
     .accum_rows = accum_rows,
     .add_waves = add_waves,
+    .hadamard = hadamard,
+    .multiply = multiply_basis,
     .softmax = softmax,
     .swiglu = swiglu,
     .peak_int8 = peak_int8,

@@ -275,6 +275,15 @@ static inline vf vf_load_first(const float *p, int n) {
 VF_OF_EACH(vf_sums, _mm_add_ps)
 VF_OF_EACH(vf_largests, _mm_max_ps)
 
+/* Adds lanes whose numbers differ by `half`, a constant power of two below VF_LANES: the lower one
+ * of a pair becomes their sum, the other the lower one minus the other. */
+#define vf_butterfly(a, half)                                                                      \
+    ((half) == 1   ? vf_add_or_sub(_mm256_permute_ps(a, 0xb1), a, 0xaa)                            \
+     : (half) == 2 ? vf_add_or_sub(_mm256_permute_ps(a, 0x4e), a, 0xcc)                            \
+                   : vf_add_or_sub(_mm256_permute2f128_ps(a, a, 0x01), a, 0xf0))
+#define vf_add_or_sub(a, b, subtracted)                                                            \
+    _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), subtracted)
+
 /* ---- words of integer products ----------------------------------------------------------- */
 
 /* 8 or 16 bytes, repeated. */

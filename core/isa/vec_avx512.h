@@ -241,6 +241,13 @@ static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 VF_OF_EACH(vf_sums, add_ps)
 VF_OF_EACH(vf_largests, max_ps)
 
+#define vf_butterfly(a, half) /* as in vec_avx2.h */                                               \
+    ((half) == 1   ? vf_add_or_sub(_mm512_permute_ps(a, 0xb1), a, 0xaaaa)                          \
+     : (half) == 2 ? vf_add_or_sub(_mm512_permute_ps(a, 0x4e), a, 0xcccc)                          \
+     : (half) == 4 ? vf_add_or_sub(_mm512_shuffle_f32x4(a, a, 0xb1), a, 0xf0f0)                    \
+                   : vf_add_or_sub(_mm512_shuffle_f32x4(a, a, 0x4e), a, 0xff00))
+#define vf_add_or_sub(a, b, subtracted) _mm512_mask_sub_ps(_mm512_add_ps(a, b), subtracted, a, b)
+
 /* ---- words of integer products, as in vec_avx2.h ------------------------------------------ */
 
 static inline vb vb_set8(const void *p) {

@@ -86,7 +86,10 @@ static void prepare_token(void *context, int t, int worker) {
         const float *const x = c->q + ((size_t)t * (size_t)a->n_heads + (size_t)h) * (size_t)d_head;
         float *const y = a->q + i * (size_t)d;
         for (int j = 0; j < d; j++) y[j] = j < d_head ? x[j] * over_root : 0.0f;
-        kvq_basis_query(&c->ring->track[KVQ_KEYS][h / a->group].basis, y, d);
+    }
+    for (int h = 0; h < a->n_kv_heads; h++) {
+        kvq_basis_query(&c->ring->track[KVQ_KEYS][h].basis, a->isa,
+                        a->q + query_index(a, h, t) * (size_t)d, a->group, d);
     }
     float *const y = a->worker + (size_t)worker * a->worker_floats;
     for (int side = 0; side < KVQ_SIDES; side++) {
@@ -96,7 +99,7 @@ static void prepare_token(void *context, int t, int worker) {
             uint16_t *const row = new_row(a, side, h, t);
             for (int j = 0; j < d; j++)
                 y[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
-            kvq_basis_store(&c->ring->track[side][h].basis, y, d);
+            kvq_basis_store(&c->ring->track[side][h].basis, a->isa, y, 1, d);
             for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(y[j]);
         }
     }
@@ -222,7 +225,8 @@ static void add_waves(const kvq_attention *a, const kvq_ring *ring, const kvq_wa
 
 /* Which block is the i-th that is read of a KV head. */
 static int block_at(const call *c, int kv_head, int i) {
-    return c->selected ? c->a->chosen[(size_t)kv_head * (size_t)c->ring->max_blocks + (size_t)i] : i;
+    return c->selected ? c->a->chosen[(size_t)kv_head * (size_t)c->ring->max_blocks + (size_t)i]
+                       : i;
 }
 
 /* Fetches the block that is read next of a side while the one before is worked on: the hardware
@@ -354,11 +358,14 @@ static void choose_blocks(void *context, int kv_head, int worker) {
 static void finish(const call *c, running r, int kv_head, int first, int end) {
     const kvq_attention *const a = c->a;
     const int d = a->d, d_head = a->d_head;
-    for (int i = 0; i < (end - first) * a->group; i++) {
-        float *const o = r.o + (size_t)i * (size_t)d;
+    const int n = (end - first) * a->group;
+    for (int i = 0; i < n; i++) {
         const float over_sum = 1.0f / r.sum[i];
-        for (int j = 0; j < d; j++) o[j] *= over_sum;
-        kvq_basis_restore(&c->ring->track[KVQ_VALUES][kv_head].basis, o, d);
+        for (int j = 0; j < d; j++) r.o[(size_t)i * (size_t)d + (size_t)j] *= over_sum;
+    }
+    kvq_basis_restore(&c->ring->track[KVQ_VALUES][kv_head].basis, a->isa, r.o, n, d);
+    for (int i = 0; i < n; i++) {
+        const float *const o = r.o + (size_t)i * (size_t)d;
         const size_t t = (size_t)(first + i / a->group);
         const size_t h = (size_t)(kv_head * a->group + i % a->group);
         memcpy(c->out + (t * (size_t)a->n_heads + h) * (size_t)d_head, o,

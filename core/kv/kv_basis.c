@@ -3,16 +3,14 @@
 
 #include <math.h>
 
-#include "kv/kv_format.h"
+#include "isa/isa.h"
 
-/* Widths that are no power of two split into equal blocks, each the largest power of two that
- * divides d. */
-static void hadamard(float *x, int d) {
+void kvq_hadamard_reference(float *x, int n, int d) {
     const int block = d & -d;
     const float norm = 1.0f / sqrtf((float)block);
-    for (int first = 0; first < d; first += block) {
+    for (float *const end = x + (size_t)n * (size_t)d; x < end; x += block) {
         for (int half = 1; half < block; half *= 2) {
-            for (int i = first; i < first + block; i += 2 * half) {
+            for (int i = 0; i < block; i += 2 * half) {
                 for (int j = i; j < i + half; j++) {
                     const float a = x[j], b = x[j + half];
                     x[j] = a + b;
@@ -20,68 +18,81 @@ static void hadamard(float *x, int d) {
                 }
             }
         }
+        for (int c = 0; c < block; c++) x[c] *= norm;
     }
-    for (int c = 0; c < d; c++) x[c] *= norm;
 }
 
-static void multiply(float *x, const float *columns, int d) {
-    float y[KVQ_D_MAX] = {0};
-    for (int j = 0; j < d; j++) {
-        const float *const column = columns + (size_t)j * (size_t)d;
-        for (int i = 0; i < d; i++) y[i] += x[j] * column[i];
+void kvq_multiply_reference(float *x, const float *columns, int n, int d) {
+    for (int i = 0; i < n; i++, x += d) {
+        float y[KVQ_D_MAX] = {0};
+        for (int j = 0; j < d; j++) {
+            const float *const column = columns + (size_t)j * (size_t)d;
+            for (int c = 0; c < d; c++) y[c] += x[j] * column[c];
+        }
+        memcpy(x, y, (size_t)d * sizeof *x);
     }
-    memcpy(x, y, (size_t)d * sizeof *x);
 }
 
-static void gather(float *x, const uint16_t *order, int d) {
+static void gather(float *x, const uint16_t *order, int n, int d) {
     float y[KVQ_D_MAX];
-    for (int c = 0; c < d; c++) y[c] = x[order[c]];
-    memcpy(x, y, (size_t)d * sizeof *x);
+    for (int i = 0; i < n; i++, x += d) {
+        for (int c = 0; c < d; c++) y[c] = x[order[c]];
+        memcpy(x, y, (size_t)d * sizeof *x);
+    }
 }
 
-static void scatter(float *x, const uint16_t *order, int d) {
+static void scatter(float *x, const uint16_t *order, int n, int d) {
     float y[KVQ_D_MAX];
-    for (int c = 0; c < d; c++) y[order[c]] = x[c];
-    memcpy(x, y, (size_t)d * sizeof *x);
+    for (int i = 0; i < n; i++, x += d) {
+        for (int c = 0; c < d; c++) y[order[c]] = x[c];
+        memcpy(x, y, (size_t)d * sizeof *x);
+    }
 }
 
-void kvq_basis_store(const kvq_basis *basis, float *x, int d) {
+/* Adds `sign` times the mean to each vector. */
+static void shift(float *x, const float *mean, float sign, int n, int d) {
+    for (int i = 0; i < n; i++, x += d) {
+        for (int c = 0; c < d; c++) x[c] += sign * mean[c];
+    }
+}
+
+void kvq_basis_store(const kvq_basis *basis, const kvq_isa *isa, float *x, int n, int d) {
     switch (basis->kind) {
     case KVQ_BASIS_identity:
         return;
     case KVQ_BASIS_hadamard:
-        hadamard(x, d);
+        kvq_run_hadamard(isa, x, n, d);
         return;
     case KVQ_BASIS_permuted:
-        gather(x, basis->order, d);
+        gather(x, basis->order, n, d);
         return;
     case KVQ_BASIS_calibrated:
-        for (int c = 0; c < d; c++) x[c] -= basis->mean[c];
-        multiply(x, basis->store, d);
+        shift(x, basis->mean, -1.0f, n, d);
+        kvq_run_multiply(isa, x, basis->store, n, d);
         return;
     }
 }
 
-void kvq_basis_query(const kvq_basis *basis, float *x, int d) {
+void kvq_basis_query(const kvq_basis *basis, const kvq_isa *isa, float *x, int n, int d) {
     if (basis->kind == KVQ_BASIS_calibrated)
-        multiply(x, basis->query, d);
+        kvq_run_multiply(isa, x, basis->query, n, d);
     else
-        kvq_basis_store(basis, x, d); /* orthogonal maps are their own duals */
+        kvq_basis_store(basis, isa, x, n, d); /* orthogonal maps are their own duals */
 }
 
-void kvq_basis_restore(const kvq_basis *basis, float *x, int d) {
+void kvq_basis_restore(const kvq_basis *basis, const kvq_isa *isa, float *x, int n, int d) {
     switch (basis->kind) {
     case KVQ_BASIS_identity:
         return;
     case KVQ_BASIS_hadamard:
-        hadamard(x, d);
-        return; /* its own inverse */
+        kvq_run_hadamard(isa, x, n, d); /* its own inverse */
+        return;
     case KVQ_BASIS_permuted:
-        scatter(x, basis->order, d);
+        scatter(x, basis->order, n, d);
         return;
     case KVQ_BASIS_calibrated:
-        multiply(x, basis->restore, d);
-        for (int c = 0; c < d; c++) x[c] += basis->mean[c];
+        kvq_run_multiply(isa, x, basis->restore, n, d);
+        shift(x, basis->mean, 1.0f, n, d);
         return;
     }
 }

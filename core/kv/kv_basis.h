@@ -29,10 +29,23 @@ typedef struct kvq_basis {
     const float *mean;
 } kvq_basis;
 
-/* In place; d: padded width of a head. */
-void kvq_basis_store(const kvq_basis *basis, float *x, int d);
-void kvq_basis_query(const kvq_basis *basis, float *x, int d);   /* of keys */
-void kvq_basis_restore(const kvq_basis *basis, float *x, int d); /* of values */
+/* Each of n vectors x[n][d] by Hadamard's matrix over the square root of its size. Widths that are
+ * no power of two split into equal blocks, each the largest power of two that divides d. */
+typedef void kvq_hadamard_fn(float *x, int n, int d);
+kvq_hadamard_fn kvq_hadamard_reference;
+
+/* The same by any matrix, given column by column. */
+typedef void kvq_multiply_fn(float *x, const float *columns, int n, int d);
+kvq_multiply_fn kvq_multiply_reference;
+
+/* n vectors x[n][d] in place, d the padded width of a head; the same to the bit on every
+ * instruction set. */
+struct kvq_isa;
+void kvq_basis_store(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n, int d);
+void kvq_basis_query(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n,
+                     int d); /* of keys */
+void kvq_basis_restore(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n,
+                       int d); /* of values */
 
 const char *kvq_basis_name(kvq_basis_kind kind);
 

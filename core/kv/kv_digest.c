@@ -1,7 +1,7 @@
 /* kv_digest.c: the digest, FNV-1a over units of 16 and 32 bits. */
 #include "kv/kv_digest.h"
 
-#include "kv/kv_codec.h"
+#include "isa/isa.h"
 
 enum { TOKENS = KVQ_BLOCK, MOST = KVQ_BLOCK * KVQ_D_MAX };
 
@@ -25,7 +25,7 @@ static void make_rows(uint16_t *rows, const kvq_basis *basis, uint64_t seed, int
             state = state * 6364136223846793005u + 1442695040888963407u;
             x[c] = (float)(int32_t)(state >> 32) * 0x1p-29f;
         }
-        kvq_basis_store(basis, x, d);
+        kvq_basis_store(basis, &kvq_isa_ref, x, 1, d);
         for (int c = 0; c < d; c++) rows[t * d + c] = kvq_f32_to_f16(x[c]);
     }
 }

@@ -46,7 +46,7 @@ static const kvq_profile *make_profile(void) {
     for (int i = 0; i < MOST_HEADS * D; i++) {
         float row[D] = {0};
         row[i % D] = 1;
-        kvq_basis_store(&hadamard, row, D);
+        kvq_basis_store(&hadamard, &kvq_isa_ref, row, 1, D);
         const float size = 1.5f - (float)(i % D) / D;
         mean[i] = 0.1f * (float)(i % 7);
         importance[i] = powf(0.9f, (float)(i % D));
@@ -263,9 +263,10 @@ static void attend_plainly(float *out, const bench *b, int t, int h) {
     memcpy(q, a_q + (t * A_HEADS + h) * A_D, sizeof q);
     memcpy(keys + t * A_D, a_k + (t * A_KV_HEADS + kv_head) * A_D, A_D * sizeof(float));
     memcpy(values + t * A_D, a_v + (t * A_KV_HEADS + kv_head) * A_D, A_D * sizeof(float));
-    kvq_basis_query(&b->ring.track[KVQ_KEYS][kv_head].basis, q, A_D);
-    kvq_basis_store(&b->ring.track[KVQ_KEYS][kv_head].basis, keys + t * A_D, A_D);
-    kvq_basis_store(&b->ring.track[KVQ_VALUES][kv_head].basis, values + t * A_D, A_D);
+    kvq_basis_query(&b->ring.track[KVQ_KEYS][kv_head].basis, &kvq_isa_ref, q, 1, A_D);
+    kvq_basis_store(&b->ring.track[KVQ_KEYS][kv_head].basis, &kvq_isa_ref, keys + t * A_D, 1, A_D);
+    kvq_basis_store(&b->ring.track[KVQ_VALUES][kv_head].basis, &kvq_isa_ref, values + t * A_D, 1,
+                    A_D);
     for (int j = 0; j <= t; j++) {
         score[j] = 0;
         for (int c = 0; c < A_D; c++) score[j] += (double)q[c] * (double)keys[j * A_D + c];
@@ -278,7 +279,7 @@ static void attend_plainly(float *out, const bench *b, int t, int h) {
         for (int c = 0; c < A_D; c++) o[c] += weight * (double)values[j * A_D + c];
     }
     for (int c = 0; c < A_D; c++) out[c] = (float)(o[c] / sum);
-    kvq_basis_restore(&b->ring.track[KVQ_VALUES][kv_head].basis, out, A_D);
+    kvq_basis_restore(&b->ring.track[KVQ_VALUES][kv_head].basis, &kvq_isa_ref, out, 1, A_D);
 }
 
 static const char *attention_is_softmax_over_the_cache(void) {
@@ -333,7 +334,34 @@ static const char *attention_does_not_depend_on_cuts_or_threads(void) {
     return NULL;
 }
 
+/* ---- bases ------------------------------------------------------------------------------- */
+
+static const char *bases_are_the_references_to_the_bit(void) {
+    static const int widths[] = {16, 48, 64, 80, 128, 160, 256, KVQ_D_MAX};
+    enum { MOST = 5 };
+    static float matrix[KVQ_D_MAX * KVQ_D_MAX], x[MOST * KVQ_D_MAX], y[MOST * KVQ_D_MAX];
+    const kvq_isa *isa;
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    test_normals(matrix, sizeof matrix / sizeof *matrix, 5);
+    for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
+        const int d = widths[w];
+        for (int n = 1; n <= MOST; n++) {
+            const size_t bytes = (size_t)n * (size_t)d * sizeof *x;
+            test_normals(x, (size_t)n * (size_t)d, (unsigned long long)(d + n));
+            memcpy(y, x, bytes);
+            kvq_run_hadamard(isa, x, n, d);
+            kvq_hadamard_reference(y, n, d);
+            if (memcmp(x, y, bytes) != 0) return TEST_FAIL("Hadamard, %d of width %d", n, d);
+            kvq_run_multiply(isa, x, matrix, n, d);
+            kvq_multiply_reference(y, matrix, n, d);
+            if (memcmp(x, y, bytes) != 0) return TEST_FAIL("matrix, %d of width %d", n, d);
+        }
+    }
+    return NULL;
+}
+
 const kvq_test tests_kv[] = {
+    {"kv: the maps of bases are the references' to the bit", bases_are_the_references_to_the_bit},
     {"kv: the ring holds every token where it says", ring_holds_every_token},
     {"kv: attention is softmax over the decoded cache", attention_is_softmax_over_the_cache},
     {"kv: attention does not depend on cuts or threads",
