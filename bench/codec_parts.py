@@ -161,7 +161,7 @@ def normal_errors(n_blocks: int = 128) -> dict[str, float]:
     """`error_of_shape` of the core's codecs on normal data, heads 64 wide; of mixed by width."""
     x = np.random.default_rng(0).standard_normal((n_blocks, BLOCK, 64)).astype(np.float16)
     exact, errors = x.astype(np.float64), {}
-    for name in ("u1", "u2", "u4", "t1", "c8", "t2", "n1", "n2", "n3", "nf4", "q4_0", "q8_0"):
+    for name in ("u1", "u2", "u4", "t1", "c8", "t2", "n2", "n3", "nf4", "q4_0", "q8_0"):
         read = np.array([through(name, block, shape_of(64)) for block in x], np.float64)
         errors[name] = error_of_shape(exact, read)
     mixed = [through("mixed", block, shape_of(64, np.full(4, 16))) for block in x]

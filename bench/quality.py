@@ -7,13 +7,16 @@ eval-own-MODEL-TEXT.json), part by part: a run that was stopped goes on where it
 started again. A scheme that is finished with a task prints a line; so does, every half minute,
 what is being done, its rate and how long the rest of it will take.
 
-Needs the texts in $PYKVQ_DATA/text. Simulated schemes are calibrated on WikiText-2 train.
+Needs the texts in $PYKVQ_DATA/text. --text also takes the path of another one, of which only the
+name is kept, as in --text $(python -c 'import _pydecimal; print(_pydecimal.__file__)'). Simulated
+schemes are calibrated on WikiText-2 train.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -67,7 +70,9 @@ def main() -> int:
         " all, and those at several budgets)",
     )
     parser.add_argument("--tasks", default=",".join(TASKS), help="of " + ", ".join(TASKS))
-    parser.add_argument("--text", default="wiki.test.raw", help="a file of $PYKVQ_DATA/text")
+    parser.add_argument(
+        "--text", default="wiki.test.raw", help="a file, or one of $PYKVQ_DATA/text"
+    )
     parser.add_argument("--ctx-size", type=int, default=default.n_ctx)
     parser.add_argument("--chunks", type=int, default=default.chunks)
     parser.add_argument("--trials", type=int, default=default.trials)
@@ -77,7 +82,8 @@ def main() -> int:
     texts = Path(os.environ.get("PYKVQ_DATA") or ROOT / "../shared/data") / "text"
     name = Path(args.model).name.removesuffix(".gguf")
     kind = "eval-own" if args.own_setting else "eval"
-    record = Record(RESULTS / f"{kind}-{name}-{args.text.partition('.')[0]}.json")
+    text = texts / args.text if (texts / args.text).exists() else Path(args.text)
+    record = Record(RESULTS / f"{kind}-{name}-{text.name.partition('.')[0]}.json")
     options = Options(
         tasks=comma_separated(args.tasks),
         n_ctx=args.ctx_size,
@@ -89,12 +95,12 @@ def main() -> int:
         with pykvq.Model(args.model) as model, long_progress() as progress:
             evaluate(
                 model,
-                _text(texts, args.text),
+                _text(text),
                 args.kv or default_names(model),
                 record,
                 options,
-                calibration=_text(texts, CALIBRATION),
-                command=f"python bench/quality.py {' '.join(sys.argv[1:])}",
+                calibration=_text(texts / CALIBRATION),
+                command=_command(),
                 progress=progress,
                 announce=announce,
             )
@@ -105,8 +111,14 @@ def main() -> int:
     return 0
 
 
-def _text(folder: Path, name: str) -> Text:
-    return Text(name, (folder / name).read_text(encoding="utf-8"))
+def _text(path: Path) -> Text:
+    return Text(path.name, path.read_text(encoding="utf-8"))
+
+
+def _command() -> str:
+    """The command line of this process; what is private to this machine left out of paths."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "bench/quality.py", *words])
 
 
 if __name__ == "__main__":

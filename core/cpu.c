@@ -1,4 +1,4 @@
-/* cpu.c: the instruction sets, best first, and the choice among them; processors and memory. */
+/* cpu.c: the instruction sets, best first, and the choice among them; processors. */
 #include "isa/isa.h"
 
 #include <math.h>
@@ -105,21 +105,5 @@ int kvq_cpu_count(void) {
 #endif
     const long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n > 0 ? (int)n : 1;
-#endif
-}
-
-uint64_t kvq_memory_available(void) {
-#if defined(_WIN32)
-    MEMORYSTATUSEX status = {.dwLength = sizeof status};
-    GlobalMemoryStatusEx(&status);
-    return status.ullAvailPhys;
-#else
-    FILE *const file = fopen("/proc/meminfo", "r"); /* Linux; absent elsewhere */
-    char line[128];
-    unsigned long long kib = 0;
-    while (file && !kib && fgets(line, sizeof line, file)) sscanf(line, "MemAvailable: %llu", &kib);
-    if (file) fclose(file);
-    if (kib) return 1024 * (uint64_t)kib;
-    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 #endif
 }

@@ -211,7 +211,7 @@ typedef struct kvq_session_stats {
     uint64_t bytes_kv;       /* allocated for the cache: the sum of the three below */
     uint64_t bytes_sinks, bytes_sealed, bytes_recent;
     uint64_t bytes_sealed_k, bytes_sealed_v; /* the parts of bytes_sealed */
-    uint64_t bytes_tables;                   /* bases of the scheme, shared through the profile */
+    uint64_t bytes_tables;                   /* the profile, where it is used: sessions share it */
     uint64_t bytes_scratch;                  /* what a pass works in */
     uint64_t bytes_weights;                  /* of the model, mapped: its sessions share them */
     uint64_t bytes_total;                    /* weights, cache, tables and scratch */
@@ -247,7 +247,9 @@ kvq_status kvq_session_longest(const kvq_model *model, const kvq_session_options
                                uint64_t memory, int32_t *n_ctx);
 
 /* Bytes that can be had without paging: free memory and what the system holds as a cache of files,
- * such as mapped weights; the whole memory where the system does not tell. */
+ * such as mapped weights; on Linux no more than the control groups of the process leave it (v1 and
+ * v2: the limits of containers); the whole memory where the system does not tell. A sixteenth of
+ * it, 1 GiB at most, is left out, as headroom. */
 uint64_t kvq_memory_available(void);
 
 /* Appends tokens[n] to the timeline. Logits (f32) go to logits[n_vocab] for KVQ_LOGITS_LAST, to

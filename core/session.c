@@ -254,8 +254,8 @@ static kvq_status make_plan(kvq_session *s, const kvq_session_options *o) {
         }
         if (status == KVQ_OK && s->topk) status = check_topk(s, n_tracks);
         if (status == KVQ_OK) {
-            s->table_bytes = kvq_plan_table_bytes(s->tracks, &request);
             s->uses_profile = kvq_plan_uses_profile(s->tracks, &request);
+            s->table_bytes = s->uses_profile ? request.profile->bytes : 0;
         }
     }
     kvq_free(key_bias);

@@ -123,30 +123,28 @@ class Measured:
         name: The scheme, with its budget of bits if it was given one.
         facts: What it stores.
         found: Summaries by task; a task that was not run on it is missing.
+        own: The same with the sinks and the window of its own paper or project.
+        own_setting: These: "sinks + window"; empty if that was not measured.
     """
 
     name: str
     facts: Json
     found: Mapping[str, Json]
+    own: Mapping[str, Json]
+    own_setting: str
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table of results.
+    """A column of a table of results; one that has nothing to show of any scheme is left out.
 
     Attributes:
         head: Its heading; {at} stands for the context that bits are stated at.
         cell: What it shows of a scheme; a KeyError stands for what was not measured.
-        task: The task that it is about; if no scheme has results of it, the column is left out.
     """
 
     head: str
     cell: Callable[[Measured], str]
-    task: str | None = None
-
-
-def _divergence(m: Measured) -> str:
-    return _divergence_of(m.found["kl"])
 
 
 def _divergence_of(kl: Json) -> str:
@@ -163,12 +161,16 @@ SIDES = Column(
 )
 BITS_AT = Column("bits at {at}", lambda m: f"{m.facts['bits_effective_at']:.2f}")
 BYTES_AT = Column("MB at {at}", lambda m: f"{m.facts['bytes_at'] / 1e6:.0f}")
-PERPLEXITY = Column("perplexity", lambda m: f"{m.found['kl']['ppl']:.3f}", "kl")
-MEAN_KL = Column("mean KL (s.e.)", _divergence, "kl")
-MEDIAN_KL = Column("median", lambda m: f"{m.found['kl']['median_kld']:.4f}", "kl")
-P99_KL = Column("99 %", lambda m: f"{m.found['kl']['p99_kld']:.3f}", "kl")
-TOP1 = Column("same top-1", lambda m: f"{100 * m.found['kl']['top1']:.1f} %", "kl")
-NEEDLE = Column("needles", lambda m: f"{100 * m.found['needle']['found']:.0f} %", "needle")
+PERPLEXITY = Column("perplexity", lambda m: f"{m.found['kl']['ppl']:.3f}")
+MEAN_KL = Column("mean KL (s.e.)", lambda m: _divergence_of(m.found["kl"]))
+MEDIAN_KL = Column("median", lambda m: f"{m.found['kl']['median_kld']:.4f}")
+P99_KL = Column("99 %", lambda m: f"{m.found['kl']['p99_kld']:.3f}")
+TOP1 = Column("same top-1", lambda m: f"{100 * m.found['kl']['top1']:.1f} %")
+OWN_KL = Column(
+    "mean KL (s.e.) with its own sinks + window",
+    lambda m: f"{_divergence_of(m.own['kl'])}, {m.own_setting}",
+)
+NEEDLE = Column("needles", lambda m: f"{100 * m.found['needle']['found']:.0f} %")
 CLAIM = Column("what its source claims", lambda m: CLAIMS.get(m.name, ""))
 
 LONG = (
@@ -182,6 +184,7 @@ LONG = (
     MEDIAN_KL,
     P99_KL,
     TOP1,
+    OWN_KL,
     NEEDLE,
     CLAIM,
 )
@@ -207,15 +210,35 @@ def records() -> Iterator[tuple[str, Path, Json]]:
                 yield title, path, data
 
 
-def results_of(data: Json) -> list[Measured]:
-    """The schemes that have results, by falling bits of what they seal."""
-    by_task = data["results"]
-    names = dict.fromkeys(name for found in by_task.values() for name in found)
+def own_record(path: Path) -> tuple[Path, Json]:
+    """Path and data of the record with each scheme's own sinks and window; empty if there is none.
+
+    Args:
+        path: The record with the same for all, of the same model and text.
+    """
+    own = path.with_name(path.name.replace("eval-", "eval-own-", 1))
+    return own, json.loads(own.read_text()) if own.exists() else {"schemes": {}, "results": {}}
+
+
+def results_of(data: Json, own: Json) -> list[Measured]:
+    """The schemes that have results in a record, by falling bits of what they seal.
+
+    Args:
+        data: The record.
+        own: That with each scheme's own sinks and window.
+    """
+
+    def found_in(record: Json, name: str) -> dict[str, Json]:
+        return {task: found[name] for task, found in record["results"].items() if name in found}
+
+    def setting(name: str) -> str:
+        facts = own["schemes"].get(name)
+        return f"{facts['sinks']} + {facts['window']}" if facts else ""
+
+    names = dict.fromkeys(name for found in data["results"].values() for name in found)
     schemes = [
         Measured(
-            name,
-            data["schemes"][name],
-            {task: found[name] for task, found in by_task.items() if name in found},
+            name, data["schemes"][name], found_in(data, name), found_in(own, name), setting(name)
         )
         for name in names
     ]
@@ -232,15 +255,20 @@ def measured(columns: Sequence[Column], wanted: Callable[[str], bool], page: Pat
     """
     parts = []
     for title, path, data in records():
-        shown = [m for m in results_of(data) if wanted(m.name)]
+        own_path, own = own_record(path)
+        shown = [m for m in results_of(data, own) if wanted(m.name)]
         if not shown:
             continue
-        tasks = {task for m in shown for task in m.found}
-        used = [column for column in columns if column.task is None or column.task in tasks]
+        used = [column for column in columns if any(_cell(column, m) != "-" for m in shown)]
         at = _tokens(data["settings"]["cache"]["at"])
         head = [column.head.format(at=at) for column in used]
         rows = [[_cell(column, m) for column in used] for m in shown]
-        parts.append(f"{_caption(title, data, shown, path, page)}\n\n{table(head, rows)}")
+        about = f"**{title}** on {data['settings']['text']['name']}:"
+        about += _provenance(data, [m.found for m in shown], path, page)
+        if OWN_KL in used:
+            about += " With its own sinks + window:"
+            about += _provenance(own, [m.own for m in shown], own_path, page)
+        parts.append(f"{about}\n\n{table(head, rows)}")
     return "\n\n".join(parts) or "No measurement is finished: `make quality`, then `make tables`."
 
 
@@ -251,19 +279,17 @@ def _cell(column: Column, m: Measured) -> str:
         return "-"
 
 
-def _caption(title: str, data: Json, shown: Sequence[Measured], path: Path, page: Path) -> str:
-    settings, runs = data["settings"], data["runs"]
-    done = [runs[run] for m in shown for found in m.found.values() for run in found["runs"]]
+def _provenance(data: Json, found: Sequence[Mapping[str, Json]], path: Path, page: Path) -> str:
+    """How much was read, when and where, and the record; summaries of schemes are by task."""
+    runs, summaries = data["runs"], [s for by_task in found for s in by_task.values()]
+    done = [runs[run] for summary in summaries for run in summary["runs"]]
     dates = sorted({run["date"] for run in done})
     machines = sorted({run["machine"] for run in done})
-    scored = [m.found["kl"]["tokens"] for m in shown if "kl" in m.found]
-    about = [f"**{title}** on {settings['text']['name']}:"]
-    if scored:
-        kl = settings["kl"]
-        about.append(f"{kl['chunks']} chunks of {kl['n_ctx']} tokens, {scored[0]} scored;")
+    scored = [by_task["kl"]["tokens"] for by_task in found if "kl" in by_task]
+    kl = data["settings"].get("kl", {})
+    about = f" {kl['chunks']} chunks of {kl['n_ctx']} tokens, {scored[0]} scored;" if scored else ""
     link = os.path.relpath(path, page.parent).replace(os.sep, "/")
-    about.append(f"{' and '.join(dates)}, {'; '.join(machines)} ([record]({link})).")
-    return " ".join(about)
+    return f"{about} {' and '.join(dates)}, {'; '.join(machines)} ([record]({link}))."
 
 
 def kernels() -> str:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from pykvq.generation import Chunk, Generation, Stream
     from pykvq.model import Model, ModelInfo
-    from pykvq.native import Scheme, SessionStats, schemes
+    from pykvq.native import Scheme, schemes
+    from pykvq.native_session import SessionStats
     from pykvq.sampling_params import SamplingParams
     from pykvq.session import Session
 
@@ -60,7 +61,8 @@ __all__ = [
 _HOMES = {
     "generation": ("Chunk", "Generation", "Stream"),
     "model": ("Model", "ModelInfo"),
-    "native": ("Scheme", "SessionStats", "schemes"),
+    "native": ("Scheme", "schemes"),
+    "native_session": ("SessionStats",),
     "sampling_params": ("SamplingParams",),
     "session": ("Session",),
 }

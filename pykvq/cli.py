@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pykvq import cli_options as options
+from pykvq import cli_sampling
 from pykvq.console import UsageError, fail, nowhere, warn
 from pykvq.errors import KvqError
 
@@ -75,12 +76,12 @@ class _Version(argparse.Action):
 def _add_run(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_prompt(parser)
-    options.add_generation(parser)
+    cli_sampling.add_generation(parser)
     options.add_session(
         parser, f"{options.RUN_CONTEXT}, or what prompt and -n need, at most as it was trained"
     )
     options.add_memory_check(parser)
-    options.add_sampling(parser)
+    cli_sampling.add_sampling(parser)
     options.add_json(parser)
 
 
@@ -92,11 +93,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    options.add_system(parser)
-    options.add_length(parser)
+    cli_sampling.add_system(parser)
+    cli_sampling.add_length(parser)
     options.add_session(parser, f"{options.CHAT_CONTEXT}, at most as it was trained")
     options.add_memory_check(parser)
-    options.add_sampling(parser)
+    cli_sampling.add_sampling(parser)
 
 
 def _chat(args: argparse.Namespace) -> int:

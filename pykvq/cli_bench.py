@@ -136,11 +136,12 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _check_schemes(chosen: Options) -> None:
-    from pykvq.bench.lanes import split_budget
     from pykvq.bench.peer import require_llama_cpp
+    from pykvq.kv_names import parse_kv
 
     for kv in chosen.kv:
-        split_budget(kv)
+        options.check_scheme(kv.partition(":")[0])
+        parse_kv(kv)
     if chosen.peer is not None:
         require_llama_cpp()
 

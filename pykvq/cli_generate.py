@@ -8,13 +8,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pykvq import cli_options as options
+from pykvq import cli_sampling
 from pykvq.console import UsageError, fail, notice, size, warn
 from pykvq.errors import ContextError
 
 if TYPE_CHECKING:
     from pykvq.generation import Generation, Stream
     from pykvq.model import Model
-    from pykvq.native import SessionStats
+    from pykvq.native_session import SessionStats
     from pykvq.sampling_params import SamplingParams
     from pykvq.session import Session
 
@@ -35,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     options.check_scheme(args.kv)
     prompt = options.read_prompt(args)
     with options.open_model(args, kv=args.kv, **options.session_options(args)) as model:
-        params = options.sampling_params(args, model.sampling_defaults)
+        params = cli_sampling.sampling_params(args, model.sampling_defaults)
         ids, form = _encode(args, model, prompt)
-        limit = options.max_tokens(args)
+        limit = cli_sampling.max_tokens(args)
         needed = len(ids) + (_ANSWER if limit is None else limit)
         n_ctx = options.context_size(args, model, max(options.RUN_CONTEXT, needed))
         session = options.open_session(args, model, n_ctx)
@@ -140,11 +141,11 @@ def _conclude(result: Generation, cache: SessionStats, greedy: bool) -> None:
     reused = f" ({done.n_reused} reused)" if done.n_reused else ""
     held = done.n_reused + done.n_evaluated
     stopped_at = f"{held} of " if held < done.n_prompt else ""
-    bases = f" and bases of {size(cache.bytes_tables)}" if cache.bytes_tables else ""
+    profile = f" and profile {size(cache.bytes_tables)}" if cache.bytes_tables else ""
     notice(
         f"prompt {stopped_at}{done.n_prompt} tokens{reused}, {done.prompt_per_second:.1f}/s;"
         f" written {done.n_generated} tokens, {done.decode_per_second:.1f}/s;"
-        f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens{bases},"
+        f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens{profile},"
         f" {cache.bits_full:.2f} bits per element; "
         f"{'greedy' if greedy else f'seed {result.seed}'}."
     )
@@ -176,7 +177,7 @@ def chat(args: argparse.Namespace) -> int:
     """Talks until /exit or the end of stdin."""
     options.check_scheme(args.kv)
     with options.open_model(args, kv=args.kv, **options.session_options(args)) as model:
-        params = options.sampling_params(args, model.sampling_defaults)
+        params = cli_sampling.sampling_params(args, model.sampling_defaults)
         n_ctx = options.context_size(args, model, options.CHAT_CONTEXT)
         session = options.open_session(args, model, n_ctx)
         _announce(args, model, session, _COMMANDS)
@@ -229,7 +230,7 @@ class _Conversation:
         messages = [*self._messages, {"role": "user", "content": line}]
         text = self._model.chat_template.render(messages)
         ids = self._encode(text)
-        limit = options.max_tokens(self._args)
+        limit = cli_sampling.max_tokens(self._args)
         try:
             with options.checked():
                 stream = self._session.generate(

@@ -205,7 +205,7 @@ def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]], switched_
     for row in _tensor_types(model):
         types.add_row(row["type"], str(row["tensors"]), size(row["bytes"]))
     cache = _table(f"KV cache for {n_ctx} tokens")
-    for name in ("scheme", "size", "bases", "bits per element", "of a sealed block"):
+    for name in ("scheme", "size", "profile", "bits per element", "of a sealed block"):
         cache.add_column(name)
     for cost in costs:
         cache.add_row(

@@ -1,17 +1,19 @@
 """The options of the command line, under llama.cpp's names where it has them.
 
-Owns the tables of options and what becomes of their values; the commands are in other modules.
+Owns the options and what becomes of their values, but for those of writing (`cli_sampling`); the
+commands are in other modules.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pykvq.checks import SESSION_RANGES
 from pykvq.console import ProgressBar, UsageError, warn
@@ -19,7 +21,6 @@ from pykvq.errors import MemoryLimitError, SchemeError
 
 if TYPE_CHECKING:
     from pykvq.model import Model
-    from pykvq.sampling_params import SamplingParams
     from pykvq.session import Session
 
 #: The model that is used where none is named.
@@ -63,7 +64,7 @@ def unknown_arguments(arguments: Sequence[str], command: str | None) -> str:
     return "; ".join([what, *hints, see]) + "."
 
 
-def _text(text: str) -> str:
+def model_text(text: str) -> str:
     """A type for argparse: a text for a model."""
     try:
         text.encode()
@@ -85,7 +86,7 @@ def check_line(line: str) -> None:
         raise UsageError(f"In a line of stdin {_not_utf8(line, error)}.") from None
 
 
-def _count(least: int, most: int | None = None) -> Any:
+def count(least: int, most: int | None = None) -> Any:
     """A type for argparse: a whole number from `least` on."""
 
     def parse(text: str) -> int:
@@ -102,7 +103,8 @@ def _count(least: int, most: int | None = None) -> Any:
     return parse
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """A type for argparse: a number."""
     try:
         return float(text)
     except ValueError:
@@ -143,7 +145,7 @@ def model_name(args: argparse.Namespace) -> str | None:
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """Where a text comes from."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", type=_text, metavar="TEXT", help="the text")
+    source.add_argument("-p", "--prompt", type=model_text, metavar="TEXT", help="the text")
     source.add_argument(
         "-f", "--file", metavar="PATH", help="read the text from a file (default: from stdin)"
     )
@@ -190,7 +192,7 @@ def add_context(parser: argparse._ActionsContainer, default: str) -> None:
     parser.add_argument(
         "-c",
         "--ctx-size",
-        type=_count(0, SESSION_RANGES["n_ctx"][1]),
+        type=count(0, SESSION_RANGES["n_ctx"][1]),
         metavar="N",
         help=f"tokens of context; 0: as the model was trained (default: {default})",
     )
@@ -199,7 +201,7 @@ def add_context(parser: argparse._ActionsContainer, default: str) -> None:
 def add_threads(parser: argparse._ActionsContainer) -> None:
     """The threads that share the work."""
     parser.add_argument(
-        "-t", "--threads", type=_count(1), metavar="N", help="threads (default: one per processor)"
+        "-t", "--threads", type=count(1), metavar="N", help="threads (default: one per processor)"
     )
 
 
@@ -224,7 +226,7 @@ def check_scheme(name: str) -> None:
 
     try:
         scheme_named(name)
-    except SchemeError:
+    except SchemeError as error:
         from pykvq.eval.simulations import SIMULATIONS  # takes a while, and only this needs it
 
         if name in SIMULATIONS:
@@ -236,6 +238,13 @@ def check_scheme(name: str) -> None:
             raise UsageError(
                 f"The KV scheme {name!r} has its bits in its name, as commands take it that compare"
                 " schemes; here --kv-bits gives them."
+            ) from None
+        near = [s for s in SIMULATIONS if s.startswith(name)] if name else []
+        near = near or difflib.get_close_matches(name.lower(), SIMULATIONS)
+        if near:
+            raise SchemeError(
+                f"{error} `pykvq eval` simulates {', '.join(near)}; simulations have no stored"
+                " form."
             ) from None
         raise
 
@@ -272,11 +281,11 @@ def add_kv(parser: argparse._ActionsContainer, *, many: bool, default: str | Non
         metavar="NAME,..." if many else "NAME",
         help=f"{names}; `pykvq info` lists them (default: {default or 'all'})",
     )
-    parser.add_argument("--kv-window", type=_count(0), metavar="N", help="last tokens kept in f16")
-    parser.add_argument("--kv-sinks", type=_count(0), metavar="N", help="first tokens kept in f16")
+    parser.add_argument("--kv-window", type=count(0), metavar="N", help="last tokens kept in f16")
+    parser.add_argument("--kv-sinks", type=count(0), metavar="N", help="first tokens kept in f16")
     parser.add_argument(
         "--kv-bits",
-        type=_number,
+        type=number,
         metavar="BITS",
         help="bits per element of schemes with a budget, such as auto (default: the scheme's);"
         " commands that compare schemes also take NAME:BITS",
@@ -294,7 +303,7 @@ def add_topk(parser: argparse._ActionsContainer) -> None:
     """What tokens read of the cache."""
     parser.add_argument(
         "--kv-topk",
-        type=_count(0),
+        type=count(0),
         metavar="N",
         help="tokens of sealed blocks that each generated token reads, rounded up to whole blocks"
         " of 64 (default, and 0: all)",
@@ -321,7 +330,7 @@ def add_session(
     if not many:  # perplexity reads many tokens at a time
         add_topk(group)
     group.add_argument(
-        "-b", "--batch-size", type=_count(1), metavar="N", help="tokens per pass (default: 512)"
+        "-b", "--batch-size", type=count(1), metavar="N", help="tokens per pass (default: 512)"
     )
     add_threads(group)
     add_profile(group)
@@ -397,199 +406,6 @@ def open_model(args: argparse.Namespace, **options: Any) -> Iterator[Model]:
             yield model
 
 
-# ---- generation -----------------------------------------------------------------------------
-
-
-def add_length(parser: argparse._ActionsContainer) -> None:
-    """How much to write and where to end."""
-    parser.add_argument(
-        "-n",
-        "--predict",
-        "--n-predict",
-        type=_count(-2),
-        default=-1,
-        metavar="N",
-        help="tokens to write at most; -1: until the model or the context ends (default)",
-    )
-    parser.add_argument(
-        "-r",
-        "--reverse-prompt",
-        "--stop",
-        type=_text,
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; may be given several times",
-    )
-
-
-def add_system(parser: argparse._ActionsContainer) -> None:
-    """The system message of a conversation."""
-    parser.add_argument(
-        "-sys",
-        "--system-prompt",
-        type=_text,
-        metavar="TEXT",
-        help="system message of the conversation",
-    )
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """What to write."""
-    add_length(parser)
-    add_system(parser)
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "-cnv",
-        "--conversation",
-        "--chat",
-        dest="conversation",
-        action="store_true",
-        default=None,
-        help="answer the prompt, by the chat template (default, if the model has one)",
-    )
-    form.add_argument(
-        "-no-cnv",
-        "--no-conversation",
-        "--no-chat",
-        "--raw",
-        dest="conversation",
-        action="store_false",
-        help="go on with the prompt as it is",
-    )
-
-
-def max_tokens(args: argparse.Namespace) -> int | None:
-    """What -n says, as `Session.generate` takes it."""
-    return args.predict if args.predict >= 0 else None
-
-
-# ---- sampling -------------------------------------------------------------------------------
-
-
-class _Flag(NamedTuple):
-    """An option that sets one sampling parameter."""
-
-    flags: str
-    field: str
-    type: Any
-    help: str
-
-
-_SAMPLING = (
-    _Flag("-s --seed", "seed", int, "seed of the random numbers; -1: a fresh one"),
-    _Flag("--temp --temperature", "temp", _number, "temperature; 0: always the likeliest token"),
-    _Flag("--top-k", "top_k", int, "keep the k likeliest tokens; 0: off"),
-    _Flag("--top-p", "top_p", _number, "keep the fewest tokens of this mass; 1: off"),
-    _Flag("--min-p", "min_p", _number, "keep tokens this likely beside the likeliest; 0: off"),
-    _Flag("--typical --typical-p", "typical_p", _number, "locally typical sampling; 1: off"),
-    _Flag("--top-nsigma --top-n-sigma", "top_n_sigma", _number, "keep logits within n sigma"),
-    _Flag("--xtc-probability", "xtc_probability", _number, "chance of XTC; 0: off"),
-    _Flag("--xtc-threshold", "xtc_threshold", _number, "XTC drops tokens above; 1: off"),
-    _Flag("--repeat-last-n", "repeat_last_n", int, "tokens that penalties see; 0: off, -1: all"),
-    _Flag("--repeat-penalty", "repeat_penalty", _number, "penalty of repetition; 1: off"),
-    _Flag("--presence-penalty", "presence_penalty", _number, "penalty of presence; 0: off"),
-    _Flag("--frequency-penalty", "frequency_penalty", _number, "penalty of frequency; 0: off"),
-    _Flag("--dry-multiplier", "dry_multiplier", _number, "strength of DRY; 0: off"),
-    _Flag("--dry-base", "dry_base", _number, "growth of DRY's penalty"),
-    _Flag("--dry-allowed-length", "dry_allowed_length", int, "longest free repetition"),
-    _Flag("--dry-penalty-last-n", "dry_penalty_last_n", int, "tokens that DRY sees; -1: all"),
-)
-
-#: llama.cpp's letters for `--sampler-seq`, and the names that it takes beside the usual ones.
-_SAMPLER_LETTERS = {
-    "e": "penalties",
-    "d": "dry",
-    "s": "top_n_sigma",
-    "k": "top_k",
-    "y": "typ_p",
-    "p": "top_p",
-    "m": "min_p",
-    "x": "xtc",
-    "t": "temperature",
-}
-_SAMPLER_NAMES = {
-    "temp": "temperature",
-    "nucleus": "top_p",
-    "typical": "typ_p",
-    "typical_p": "typ_p",
-}
-
-
-def _samplers(text: str) -> tuple[str, ...]:
-    names = [name.strip().replace("-", "_") for name in text.split(";") if name.strip()]
-    return tuple(_SAMPLER_NAMES.get(name, name) for name in names)
-
-
-def _sampler_letters(text: str) -> tuple[str, ...]:
-    for letter in text:
-        if letter not in _SAMPLER_LETTERS:
-            known = ", ".join(f"{key} = {name}" for key, name in _SAMPLER_LETTERS.items())
-            raise argparse.ArgumentTypeError(f"{letter!r} is no sampler; known are: {known}")
-    return tuple(_SAMPLER_LETTERS[letter] for letter in text)
-
-
-def _bias(text: str) -> tuple[int, float]:
-    found = re.fullmatch(r"(\d+)([+-].+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID+BIAS or ID-BIAS")
-    return int(found[1]), _number(found[2])
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; what is not given is as the model recommends, else as llama.cpp."""
-    group = parser.add_argument_group("sampling")
-    for row in _SAMPLING:
-        group.add_argument(*row.flags.split(), dest=row.field, type=row.type, help=row.help)
-    group.add_argument(
-        "--dry-sequence-breaker",
-        dest="dry_sequence_breakers",
-        type=_text,
-        action="append",
-        metavar="TEXT",
-        help="repetitions end here, in place of the default ones; several times, or 'none'",
-    )
-    group.add_argument("--ignore-eos", action="store_true", help="never end the text")
-    group.add_argument(
-        "-l",
-        "--logit-bias",
-        action="append",
-        type=_bias,
-        metavar="ID(+/-)BIAS",
-        help="make a token more or less likely; may be given several times",
-    )
-    chain = group.add_mutually_exclusive_group()
-    chain.add_argument(
-        "--samplers", type=_samplers, metavar="NAMES", help="the samplers in order, divided by ;"
-    )
-    chain.add_argument(
-        "--sampler-seq",
-        "--sampling-seq",
-        dest="samplers",
-        type=_sampler_letters,
-        metavar="LETTERS",
-        help="the same, by letters: " + "".join(_SAMPLER_LETTERS),
-    )
-
-
-def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
-    """The options of `add_sampling`, for the rest `defaults`."""
-    from dataclasses import replace
-
-    given: dict[str, Any] = {row.field: getattr(args, row.field) for row in _SAMPLING}
-    given["samplers"] = args.samplers
-    given["ignore_eos"] = args.ignore_eos or None
-    given["logit_bias"] = dict(args.logit_bias) if args.logit_bias else None
-    breakers: list[str] | None = args.dry_sequence_breakers
-    given["dry_sequence_breakers"] = () if breakers == ["none"] else breakers
-    with checked():
-        return replace(defaults, **_given(given))
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
 # ---- single commands ------------------------------------------------------------------------
 
 
@@ -619,7 +435,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n",
         "--tokens",
-        type=_count(1),
+        type=count(1),
         default=CALIBRATE_TOKENS,
         metavar="N",
         help="tokens to read, the same number of each text, in whole chunks of -c"
@@ -634,7 +450,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--sensitivity-chunks",
-        type=_count(1),
+        type=count(1),
         default=SENSITIVITY_CHUNKS,
         metavar="N",
         help="chunks of up to 1024 tokens to measure the sensitivities of layers on, which takes"
@@ -654,7 +470,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
 def add_perplexity(parser: argparse.ArgumentParser) -> None:
     """What `perplexity` measures."""
     parser.add_argument(
-        "--chunks", type=_count(1), metavar="N", help="chunks of -c tokens to read (default: all)"
+        "--chunks", type=count(1), metavar="N", help="chunks of -c tokens to read (default: all)"
     )
     parser.add_argument(
         "--kld", action="store_true", help="compare with the f16 cache: divergence and top-1"
@@ -694,13 +510,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-sinks",
-        type=_count(0),
+        type=count(0),
         metavar="N",
         help=f"first tokens that all schemes keep in f16 (default: {default.kv_sinks})",
     )
     group.add_argument(
         "--kv-window",
-        type=_count(0),
+        type=count(0),
         metavar="N",
         help=f"last tokens that all schemes keep in f16 (default: {default.kv_window})",
     )
@@ -714,7 +530,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--calibration-tokens",
-        type=_count(1),
+        type=count(1),
         metavar="N",
         help=f"how much of it (default: {default.calibration_tokens} tokens)",
     )
@@ -732,7 +548,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-b",
         "--batch-size",
-        type=_count(1),
+        type=count(1),
         metavar="N",
         help=f"chunked: tokens per pass (default: {default.n_batch})",
     )
@@ -745,10 +561,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         ("--trials", 1, "needle, retrieval: prompts of each kind", default.trials),
         ("--seed", 0, "needle, retrieval: seed of what is random", default.seed),
     ):
-        group.add_argument(flag, type=_count(least), metavar="N", help=f"{what} (default: {value})")
+        group.add_argument(flag, type=count(least), metavar="N", help=f"{what} (default: {value})")
     for flag, of, what, values in (
-        ("--lengths", _count(1), "tokens of their prompts", default.lengths),
-        ("--depths", _number, "where what is asked for stands, in percent", default.depths),
+        ("--lengths", count(1), "tokens of their prompts", default.lengths),
+        ("--depths", number, "where what is asked for stands, in percent", default.depths),
     ):
         group.add_argument(
             flag,

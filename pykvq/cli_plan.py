@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -174,25 +175,31 @@ def _show(name: str, model: Model, n_ctx: int, rows: list[_Row], available: bool
     )
     most = max(plan.stats.bytes_total for plan in plans)
     unit, divisor = ("GB", 1e9) if most >= 1e10 else ("MB", 1e6)
+    marked = {row.kv for row in rows if model.has_key_bias and row.scheme.key_bias_sensitive}
+    labels = [f"{row.kv}{' *' if row.kv in marked else ''}" for row in rows]
     heads = ("keys", "values", "f16 rows", "tables", "scratch", "total", "bits", "fits", "longest")
-    print(f"{f'{n_ctx} tokens, {unit}':<20}" + "".join(f"{head:>9}" for head in heads))
-    marked = False
-    for row in rows:
-        unsuited = model.has_key_bias and row.scheme.key_bias_sensitive
-        marked = marked or unsuited
-        label = f"{row.kv}{' *' if unsuited else ''}"
-        plan = row.plan
-        if plan is None:
-            print(f"{label:<20}  {row.missing}")
-            continue
-        s = plan.stats
-        parts = (s.bytes_sealed_k, s.bytes_sealed_v, plan.bytes_f16_rows, s.bytes_tables)
-        print(
-            f"{label:<20}"
-            + "".join(
-                f"{n_bytes / divisor:9.2f}" for n_bytes in (*parts, s.bytes_scratch, s.bytes_total)
-            )
-            + f"{s.bits_full:9.2f}{'yes' if plan.fits else 'no':>9}{plan.longest:9d}"
-        )
+    cells = [() if row.plan is None else _cells(row.plan, divisor) for row in rows]
+    title = f"{n_ctx} tokens, {unit}"
+    first = max(map(len, [title, *labels]))
+    widths = [max(map(len, column)) for column in zip(heads, *filter(None, cells), strict=True)]
+
+    def line(label: str, texts: Iterable[str]) -> str:
+        shown = (f"{text:>{n}}" for text, n in zip(texts, widths, strict=True))
+        return "  ".join([f"{label:<{first}}", *shown])
+
+    print(line(title, heads))
+    for row, label, texts in zip(rows, labels, cells, strict=True):
+        print(line(label, texts) if texts else f"{label:<{first}}  {row.missing}")
     if marked:
         print("* not for keys with a bias, as this model has them")
+
+
+def _cells(plan: Plan, divisor: float) -> tuple[str, ...]:
+    """A line of the table: bytes in units of so many, and what else a plan says."""
+    s = plan.stats
+    n_bytes = (
+        *(s.bytes_sealed_k, s.bytes_sealed_v, plan.bytes_f16_rows),
+        *(s.bytes_tables, s.bytes_scratch, s.bytes_total),
+    )
+    sizes = (f"{n / divisor:.2f}" for n in n_bytes)
+    return (*sizes, f"{s.bits_full:.2f}", "yes" if plan.fits else "no", str(plan.longest))

@@ -20,6 +20,7 @@ from pykvq.closing import Closing
 from pykvq.errors import ModelError
 from pykvq.metadata import Metadata
 from pykvq.native import RopePair, Scheme, Tensor
+from pykvq.native_session import longest_context, plan_session
 from pykvq.sampling_params import SamplingParams
 from pykvq.session import Session, core_options
 
@@ -399,9 +400,9 @@ class Model(Closing):
             memory = native.memory_available()
         whole_number("memory", memory, 1, MEMORY_MOST)
         return Plan(
-            stats=native.plan_session(self._handle, **numbers),
+            stats=plan_session(self._handle, **numbers),
             memory=memory,
-            longest=native.longest_context(self._handle, memory, **numbers),
+            longest=longest_context(self._handle, memory, **numbers),
         )
 
     def _session_options(self, given: Mapping[str, Any]) -> dict[str, Any]:

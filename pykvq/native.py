@@ -1,21 +1,21 @@
 """The C core, with Python's types: statuses become exceptions, structs become dataclasses.
 
-Owns the C handles (`ModelHandle`, `SessionHandle`) and their lifetimes; nothing else in the package
-touches `pykvq._native`. Knows no tokenizer and no numpy, so that importing it is quick.
+Owns the C handles of models and profiles and their lifetimes; `pykvq.native_session` has those of
+sessions. Nothing else in the package calls the core. Knows no tokenizer and no numpy, so that
+importing it is quick.
 
-A handle is closed once: by `close`, or when the last reference to it goes. A session's finalizer
-keeps its model's handle alive, so the core sees every session closed before its model, in
-whatever order the collector runs.
+A handle is closed once: by `close`, or when the last reference to it goes.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pykvq._native import ffi, lib
 from pykvq.errors import (
@@ -30,17 +30,6 @@ from pykvq.errors import (
 
 if TYPE_CHECKING:
     from pykvq._native import CData
-
-LOGITS_NONE: Final = lib.KVQ_LOGITS_NONE
-LOGITS_LAST: Final = lib.KVQ_LOGITS_LAST
-LOGITS_ALL: Final = lib.KVQ_LOGITS_ALL
-
-KEYS: Final = 0
-VALUES: Final = 1
-
-#: The stages of evaluating that are timed: products with weights; attention; new keys and values
-#: into the cache, and blocks sealed; embedding, norms, RoPE and activations.
-STAGES: Final = ("weights", "attention", "append", "other")
 
 #: How wide a head is taken to be where no model says it; most models have this width.
 USUAL_D_HEAD: Final = 128
@@ -59,11 +48,12 @@ _EXCEPTIONS: Final[dict[int, type[Exception]]] = {
 def check(status: int) -> None:
     """Raises the exception of a status, with the sentence that the core recorded on this thread."""
     if status != lib.KVQ_OK:
-        sentence = _text(lib.kvq_error()).rstrip(".") + "."
+        sentence = string_of(lib.kvq_error()).rstrip(".") + "."
         raise _EXCEPTIONS.get(status, KvqError)(sentence)
 
 
-def _text(chars: CData) -> str:
+def string_of(chars: CData) -> str:
+    """A string of the core."""
     return ffi.string(chars).decode("utf-8", "replace")
 
 
@@ -79,11 +69,11 @@ def _name(chars: CData, length: CData) -> str:
 
 def version() -> str:
     """The version of the core."""
-    return _text(lib.kvq_version())
+    return string_of(lib.kvq_version())
 
 
 def memory_available() -> int:
-    """Bytes that can be had without paging, cached files such as mapped weights among them."""
+    """Bytes that sessions may take: see `kvq_memory_available` in core/kvq.h."""
     return lib.kvq_memory_available()
 
 
@@ -114,7 +104,7 @@ def alloc_calls() -> int:
 
 def isa_available() -> list[str]:
     """The instruction sets that can be used here, best first."""
-    return _text(lib.kvq_isa_available()).split(",")
+    return string_of(lib.kvq_isa_available()).split(",")
 
 
 def isa_selected() -> str:
@@ -125,7 +115,7 @@ def isa_selected() -> str:
     """
     out = ffi.new("const char **")
     check(lib.kvq_isa_selected(out))
-    return _text(out[0])
+    return string_of(out[0])
 
 
 def measure_machine(n_threads: int = 0, n_bytes: int = 0) -> CData:
@@ -219,12 +209,12 @@ def schemes(d_head: int = USUAL_D_HEAD) -> list[Scheme]:
             continue
         found.append(
             Scheme(
-                name=_text(out.name),
-                summary=_text(out.summary),
-                basis_k=_text(out.basis_k),
-                basis_v=_text(out.basis_v),
-                codec_k=_text(out.codec_k),
-                codec_v=_text(out.codec_v),
+                name=string_of(out.name),
+                summary=string_of(out.summary),
+                basis_k=string_of(out.basis_k),
+                basis_v=string_of(out.basis_v),
+                codec_k=string_of(out.codec_k),
+                codec_v=string_of(out.codec_v),
                 sinks=int(out.sinks),
                 window=int(out.window),
                 block=int(out.block),
@@ -248,12 +238,20 @@ def scheme_named(name: str) -> Scheme:
     """The scheme of a name, at the usual width of a head.
 
     Raises:
-        SchemeError: There is none of this name.
+        SchemeError: There is none of this name; it names those that are spelled alike.
     """
     known = {scheme.name: scheme for scheme in schemes()}
     if name not in known:
-        raise SchemeError(f"The KV scheme {name!r} is unknown; known are: {', '.join(known)}.")
+        raise SchemeError(unknown_scheme(name, known))
     return known[name]
+
+
+def unknown_scheme(name: str, known: Iterable[str]) -> str:
+    """The sentence about a scheme that is none of those that are known."""
+    names = list(known)
+    near = difflib.get_close_matches(name.lower(), names)
+    hint = f"; spelled alike: {', '.join(near)}" if near else ""
+    return f"The KV scheme {name!r} is unknown; known are: {', '.join(names)}{hint}."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ class ModelHandle:
     def architecture(self) -> str:
         """What the file calls the kind of network that it holds."""
         with self.lock:
-            return _text(self.describe().architecture)
+            return string_of(self.describe().architecture)
 
     def rope(self) -> list[RopePair]:
         """The pairs of channels that RoPE turns, the same in all heads."""
@@ -414,7 +412,7 @@ class ModelHandle:
                 check(lib.kvq_model_tensor(self.pointer, index, out))
                 shape = tuple(int(out.shape[i]) for i in range(int(out.n_dims)))
                 name = _name(out.name, out.name_length)
-                found.append(Tensor(name, shape, _text(out.type), int(out.bytes)))
+                found.append(Tensor(name, shape, string_of(out.type), int(out.bytes)))
             return found
 
 
@@ -434,347 +432,3 @@ class ProfileHandle:
             check(lib.kvq_profile_open(out, model.pointer, os.fsencode(path)))
         self.pointer = out[0]
         weakref.finalize(self, lib.kvq_profile_close, self.pointer).atexit = False
-
-
-# ---------------------------------------------------------------------------------------------
-# Sessions
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SessionStats:
-    """What a session is and holds.
-
-    Attributes:
-        isa: Instruction set of the kernels that run.
-        scheme: Name of the KV scheme.
-        n_ctx: Tokens that the cache can hold.
-        n_batch: Tokens per pass through the layers.
-        n_threads: Threads that share the work of a pass.
-        sinks: First tokens kept in f16.
-        window: Last tokens kept in f16.
-        n_tokens: Tokens in the cache now.
-        n_tokens_sealed: Of these, those in sealed blocks.
-        bytes_kv: Allocated for the cache: the sum of the three below.
-        bytes_sinks: For the first tokens, in f16.
-        bytes_sealed: For the sealed blocks of a full context.
-        bytes_recent: For the last tokens, in f16.
-        bytes_sealed_k: The keys' part of bytes_sealed.
-        bytes_sealed_v: The values' part.
-        bytes_tables: Bases that the scheme has calibrated; sessions share them.
-        bytes_scratch: Everything else that the session allocated.
-        bytes_weights: The model's weights, which are mapped; sessions share them.
-        bytes_total: Weights, cache, tables and scratch.
-        bits_sealed_k: Bits per element of a sealed block of keys, all its metadata included.
-        bits_sealed_v: The same for values.
-        bits_full: Bits per element of a full context, everything included.
-        bits_used: The same for the tokens held now; 0 where there are none.
-        uses_profile: Whether anything in the cache is as it is by a calibrated profile.
-        kv_topk: Tokens of sealed blocks that a token evaluated alone reads, per KV head; 0: all.
-        bytes_step_k: Bytes of keys that one more token evaluated alone reads, all layers.
-        bytes_step_v: The same of values.
-        n_evaluated: Tokens evaluated since the session was opened.
-        seconds_evaluated: Time spent on them.
-        stage_ns: Nanoseconds by stage of evaluating since the clocks were started
-            (`Session.time_stages`); the stages are `STAGES`.
-    """
-
-    isa: str
-    scheme: str
-    n_ctx: int
-    n_batch: int
-    n_threads: int
-    sinks: int
-    window: int
-    n_tokens: int
-    n_tokens_sealed: int
-    bytes_kv: int
-    bytes_sinks: int
-    bytes_sealed: int
-    bytes_recent: int
-    bytes_sealed_k: int
-    bytes_sealed_v: int
-    bytes_tables: int
-    bytes_scratch: int
-    bytes_weights: int
-    bytes_total: int
-    bits_sealed_k: float
-    bits_sealed_v: float
-    bits_full: float
-    bits_used: float
-    uses_profile: bool
-    kv_topk: int
-    bytes_step_k: int
-    bytes_step_v: int
-    n_evaluated: int
-    seconds_evaluated: float
-    stage_ns: Mapping[str, int]
-
-    @property
-    def bits_sealed(self) -> float:
-        """Bits per element of a sealed block, keys and values averaged."""
-        return (self.bits_sealed_k + self.bits_sealed_v) / 2
-
-
-def _stats(raw: CData) -> SessionStats:
-    return SessionStats(
-        isa=_text(raw.isa),
-        scheme=_text(raw.scheme),
-        n_ctx=int(raw.n_ctx),
-        n_batch=int(raw.n_batch),
-        n_threads=int(raw.n_threads),
-        sinks=int(raw.sinks),
-        window=int(raw.window),
-        n_tokens=int(raw.n_tokens),
-        n_tokens_sealed=int(raw.n_tokens_sealed),
-        bytes_kv=int(raw.bytes_kv),
-        bytes_sinks=int(raw.bytes_sinks),
-        bytes_sealed=int(raw.bytes_sealed),
-        bytes_recent=int(raw.bytes_recent),
-        bytes_sealed_k=int(raw.bytes_sealed_k),
-        bytes_sealed_v=int(raw.bytes_sealed_v),
-        bytes_tables=int(raw.bytes_tables),
-        bytes_scratch=int(raw.bytes_scratch),
-        bytes_weights=int(raw.bytes_weights),
-        bytes_total=int(raw.bytes_total),
-        bits_sealed_k=float(raw.bits_sealed_k),
-        bits_sealed_v=float(raw.bits_sealed_v),
-        bits_full=float(raw.bits_full),
-        bits_used=float(raw.bits_used),
-        uses_profile=bool(raw.uses_profile),
-        kv_topk=int(raw.kv_topk),
-        bytes_step_k=int(raw.bytes_step_k),
-        bytes_step_v=int(raw.bytes_step_v),
-        n_evaluated=int(raw.n_evaluated),
-        seconds_evaluated=float(raw.seconds_evaluated),
-        stage_ns={stage: int(getattr(raw, f"ns_{stage}")) for stage in STAGES},
-    )
-
-
-class _Options:
-    """A `kvq_session_options`, with what it points to."""
-
-    def __init__(
-        self,
-        *,
-        scheme: str,
-        n_ctx: int,
-        n_batch: int,
-        n_threads: int,
-        sinks: int,
-        window: int,
-        profile: ProfileHandle | None = None,
-        kv_bits: float = 0.0,
-        kv_topk: int = 0,
-        l_k: int = -1,
-        l_v: int = -1,
-        memory_check: bool = True,
-    ) -> None:
-        self._name = ffi.new("char[]", scheme.encode())
-        self.profile = profile
-        self.raw = ffi.new(
-            "kvq_session_options *",
-            {
-                "scheme": self._name,
-                "n_ctx": n_ctx,
-                "n_batch": n_batch,
-                "n_threads": n_threads,
-                "sinks": sinks,
-                "window": window,
-                "profile": ffi.NULL if profile is None else profile.pointer,
-                "kv_bits": kv_bits,
-                "kv_topk": kv_topk,
-                "l_k": l_k,
-                "l_v": l_v,
-                "no_memory_check": not memory_check,
-            },
-        )
-
-
-def plan_session(model: ModelHandle, **numbers: Any) -> SessionStats:
-    """Calls `kvq_session_plan`; arguments and errors are those of `SessionHandle`."""
-    options, out = _Options(**numbers), ffi.new("kvq_session_stats *")
-    with model.lock:
-        check(lib.kvq_session_plan(model.pointer, options.raw, out))
-    return _stats(out)
-
-
-def longest_context(model: ModelHandle, memory: int, **numbers: Any) -> int:
-    """Calls `kvq_session_longest`; the other arguments and errors are those of `SessionHandle`."""
-    options, out = _Options(**numbers), ffi.new("int32_t *")
-    with model.lock:
-        check(lib.kvq_session_longest(model.pointer, options.raw, memory, out))
-    return int(out[0])
-
-
-def _close_session(
-    pointer: CData, pid: int, model: ModelHandle, profile: ProfileHandle | None
-) -> None:
-    del model, profile  # arguments so that they live until now
-    # In a forked process the threads of the pool do not exist, and waiting for them never ends.
-    if os.getpid() == pid:
-        lib.kvq_session_close(pointer)
-
-
-class SessionHandle:
-    """An open `kvq_session`.
-
-    Every call into the core runs under a lock, which `close` waits for too: whatever thread makes
-    a call, the session outlives it. Only `cancel` does not wait.
-    """
-
-    def __init__(self, model: ModelHandle, **numbers: Any) -> None:
-        """Opens a session; the numbers are those of `kvq_session_options`, as `_Options` has them.
-
-        Raises:
-            ValueError: A number is out of range.
-            UnsupportedError: The scheme has no form for this model.
-            MemoryLimitError: The cache does not fit into the memory.
-        """
-        options = _Options(**numbers)
-        out = ffi.new("kvq_session **")
-        with model.lock:
-            check(lib.kvq_session_open(out, model.pointer, options.raw))
-        self._pointer = out[0]
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._error: BaseException | None = None  # of a callback
-        self._cancel_lock = threading.RLock()  # a signal handler may cancel during a cancel
-        self._raw = self._describe()
-        self._finalizer = weakref.finalize(
-            self, _close_session, self._pointer, self._pid, model, options.profile
-        )
-        self._finalizer.atexit = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return not self._finalizer.alive
-
-    def close(self) -> None:
-        """Frees the cache, after a call that is running has been cancelled and has returned."""
-        self.cancel()
-        with self._lock, self._cancel_lock:
-            self._finalizer()
-
-    def require_open(self) -> None:
-        """Requires that the session can be used.
-
-        Raises:
-            ValueError: It was closed.
-            KvqError: It belongs to the process that this one was forked from.
-        """
-        if self.closed:
-            raise ValueError("The session was closed and cannot be used any more.")
-        if os.getpid() != self._pid:
-            raise KvqError(
-                f"The session was opened by process {self._pid} and cannot be used in its forked"
-                f" process {os.getpid()}; open a session there."
-            )
-
-    def _describe(self) -> CData:
-        raw = ffi.new("kvq_session_stats *")
-        lib.kvq_session_describe(self._pointer, raw)
-        return raw
-
-    def eval(self, tokens: CData, n: int, which: int, logits: CData) -> None:
-        """Calls `kvq_session_eval`."""
-        with self._lock:
-            self.require_open()
-            status = lib.kvq_session_eval(
-                self._pointer, tokens, n, which, logits, ffi.NULL, ffi.NULL
-            )
-            self._raw = self._describe()
-            error, self._error = self._error, None
-            if error is not None:
-                raise error
-            check(status)
-
-    def observe(self, observer: Callable[[int, int, int, CData, CData, CData], None]) -> None:
-        """Calls `kvq_session_observe`; the handle keeps the callback alive."""
-
-        @ffi.callback("kvq_observer", onerror=self._keep_error)
-        def called(_: CData, layer: int, first: int, n: int, q: CData, k: CData, v: CData) -> None:
-            observer(layer, first, n, q, k, v)
-
-        with self._lock:
-            self.require_open()
-            lib.kvq_session_observe(self._pointer, called, ffi.NULL)
-            self._observer = called
-
-    def simulate(self, simulator: Callable[[int, int, int, CData], None]) -> None:
-        """Calls `kvq_session_simulate`; the handle keeps the callback alive."""
-
-        @ffi.callback("kvq_simulator", onerror=self._keep_error)
-        def called(_: CData, layer: int, side: int, first: int, rows: CData) -> None:
-            simulator(layer, side, first, rows)
-
-        with self._lock:
-            self.require_open()
-            check(lib.kvq_session_simulate(self._pointer, called, ffi.NULL))
-            self._simulator = called
-
-    def _keep_error(self, kind: type, error: BaseException, trace: object) -> None:
-        """An exception of a callback cannot pass through C: `eval` raises it afterwards."""
-        self._error = self._error or error
-        lib.kvq_session_cancel(self._pointer)
-
-    def truncate(self, n: int) -> None:
-        """Calls `kvq_session_truncate`."""
-        with self._lock:
-            self.require_open()
-            check(lib.kvq_session_truncate(self._pointer, n))
-            self._raw = self._describe()
-
-    def fill(self, n: int) -> None:
-        """Calls `kvq_session_fill`."""
-        with self._lock:
-            self.require_open()
-            check(lib.kvq_session_fill(self._pointer, n))
-            self._raw = self._describe()
-
-    def time(self, on: bool) -> None:
-        """Calls `kvq_session_time`."""
-        with self._lock:
-            self.require_open()
-            lib.kvq_session_time(self._pointer, on)
-            self._raw = self._describe()
-
-    def until_seal(self) -> int:
-        """Calls `kvq_session_until_seal`."""
-        with self._lock:
-            self.require_open()
-            return lib.kvq_session_until_seal(self._pointer)
-
-    def block(self, layer: int, kv_head: int, side: int, block: int) -> memoryview:
-        """The bytes of one sealed block, writable; not to be used after `close`."""
-        with self._lock:
-            self.require_open()
-            data, n_bytes = ffi.new("uint8_t **"), ffi.new("uint64_t *")
-            check(lib.kvq_session_block(self._pointer, layer, kv_head, side, block, data, n_bytes))
-
-            def release(_: CData, owner: SessionHandle = self) -> None:
-                """Does nothing: the view holds this function, and so keeps the session alive."""
-
-            return memoryview(ffi.buffer(ffi.gc(data[0], release), int(n_bytes[0])))
-
-    def digest(self) -> int:
-        """Calls `kvq_session_digest`."""
-        with self._lock:
-            self.require_open()
-            return int(lib.kvq_session_digest(self._pointer))
-
-    def cancel(self) -> None:
-        """Makes the running `eval` stop, or else the next one; any thread may call it."""
-        with self._cancel_lock:
-            if not self.closed:
-                lib.kvq_session_cancel(self._pointer)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in the cache after the last call; any thread may ask."""
-        return int(self._raw.n_tokens)
-
-    def stats(self) -> SessionStats:
-        """The statistics as of the last call; any thread may ask."""
-        return _stats(self._raw)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pykvq import catalogue, native
 from pykvq.errors import DownloadError, ModelError
 from pykvq.model import Model, Progress
-from pykvq.native import SessionStats
+from pykvq.native_session import SessionStats
 
 if TYPE_CHECKING:
     from pykvq.fetch import RemoteFile

@@ -20,7 +20,16 @@ from pykvq._native import ffi
 from pykvq.checks import SESSION_RANGES, asymkv_pair, budget, whole_number
 from pykvq.closing import Closing
 from pykvq.errors import Cancelled, ContextError, KvqError
-from pykvq.native import ModelHandle, SessionHandle, SessionStats
+from pykvq.native import ModelHandle
+from pykvq.native_session import (
+    KEYS,
+    LOGITS_ALL,
+    LOGITS_LAST,
+    LOGITS_NONE,
+    VALUES,
+    SessionHandle,
+    SessionStats,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +62,7 @@ def core_options(
     asymkv_layers: tuple[int, int] | None,
     memory_check: bool = True,
 ) -> dict[str, Any]:
-    """The options of `Model.session`, checked, as `native.SessionHandle` takes them."""
+    """The options of `Model.session`, checked, as `SessionHandle` takes them."""
     native.scheme_named(kv)
     l_k, l_v = (-1, -1) if asymkv_layers is None else asymkv_pair(asymkv_layers)
     return {
@@ -181,9 +190,9 @@ class Session(Closing):
         return rows
 
     def _run_pass(self, ids: IntArray, rows: FloatArray, is_last: bool) -> None:
-        which = native.LOGITS_ALL if len(rows) == len(ids) else native.LOGITS_LAST
+        which = LOGITS_ALL if len(rows) == len(ids) else LOGITS_LAST
         if len(rows) == 0 or (len(rows) < len(ids) and not is_last):
-            which = native.LOGITS_NONE
+            which = LOGITS_NONE
         tokens = ffi.from_buffer("int32_t[]", ids)
         logits = ffi.from_buffer("float[]", rows) if len(rows) else ffi.NULL
         handle = self._handle
@@ -501,7 +510,7 @@ class Session(Closing):
         Raises:
             ValueError: There is no such block.
         """
-        sides = {"k": native.KEYS, "v": native.VALUES}
+        sides = {"k": KEYS, "v": VALUES}
         if side not in sides:
             raise ValueError(f"The side is {side!r}, expected 'k' or 'v'.")
         with self._exclusive(owner=self._owner):

@@ -23,6 +23,7 @@ from pykvq.cli import main
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[1]
 
+MIB = 1 << 20
 SMALL = shlex.split("-p 40 -n 3 -r 2 -t 2")
 
 
@@ -33,8 +34,7 @@ def needs_llama_cpp() -> None:
 @pytest.fixture(autouse=True)
 def small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the machine's limits measured over little memory, and no pauses."""
-    measure = native.measure_machine
-    monkeypatch.setattr(native, "measure_machine", lambda n_threads, _: measure(n_threads, 1 << 20))
+    monkeypatch.setattr(limits, "measure", lambda n_threads: limits.measure_here(n_threads, MIB))
     monkeypatch.setattr(harness, "PAUSE", 0.0)
 
 
@@ -148,17 +148,29 @@ def test_limits_of_the_machine_are_measured() -> None:
 @pytest.mark.parametrize(
     ("n_threads", "n_bytes", "sentence"),
     [
-        (1025, 1 << 20, "n_threads is 1025, expected 1 to 1024"),
-        (-1, 1 << 20, "n_threads is -1"),
+        (1025, MIB, "n_threads is 1025, expected 1 to 1024"),
+        (-1, MIB, "n_threads is -1"),
         (1, 1000, "A buffer of 1000 bytes was to be read, expected 1048576 to"),
     ],
 )
 def test_a_measurement_that_makes_no_sense_is_refused(
-    n_threads: int, n_bytes: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+    n_threads: int, n_bytes: int, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        limits.measure_here(n_threads, n_bytes)
+
+
+def test_measuring_leaves_the_most_memory_of_this_process_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=sentence):
-        limits.measure(n_threads, n_bytes)
+    before = harness.peak_resident_bytes()
+    assert before is not None
+    n_bytes = before + 64 * MIB  # what this process had beside it would exceed what it ever held
+    assert limits.measure(1, n_bytes).read_bytes > 0
+    assert harness.peak_resident_bytes() < before + 32 * MIB
+    with pytest.raises(ValueError, match="n_threads is 1025"):
+        limits.measure(1025, MIB)
 
 
 def test_work_counts_what_a_token_needs(tiny: Model) -> None:
@@ -332,8 +344,8 @@ def test_ratios_are_against_the_fastest_setting_of_the_peer() -> None:
     ("args", "sentence"),
     [
         (["--kv", "q3"], "The KV scheme 'q3' is unknown"),
-        (["--kv", "q8_0:4"], "q8_0:4: the bits of this KV scheme are fixed."),
-        (["--kv", "auto:x"], "auto:x: 'x' is not a number of bits."),
+        (["--kv", "q8_0:4"], "'q8_0:4' gives bits to the KV scheme q8_0"),
+        (["--kv", "auto:x"], "'auto:x' gives 'x' to the KV scheme auto"),
         (["--kv", ","], "There is no KV scheme"),
         (["-p", "0", "-n", "0"], "there is nothing to time"),
         (["-p", "-1"], "n_prompt is -1, expected a whole number from 0"),

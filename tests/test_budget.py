@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -58,9 +59,14 @@ def test_auto_spends_its_budget_to_the_last_step_and_no_more(
         assert told == pytest.approx(8 * sum(found[side]) / block_elements(tiny), rel=1e-12)
 
 
-def test_a_budget_beyond_what_auto_can_use_gives_it_all_that_it_can(tiny: Model) -> None:
-    with tiny.session(kv="auto", kv_bits=16) as most, tiny.session(kv="auto", kv_bits=12) as less:
-        assert most.stats.bits_sealed == less.stats.bits_sealed < 12
+@pytest.mark.parametrize("kv", ["auto", "asymkv"])
+def test_the_limits_that_a_refusal_names_are_accepted(tiny: Model, kv: str) -> None:
+    with pytest.raises(ValueError, match="bits per element were asked for") as refused:
+        tiny.session(kv=kv, kv_bits=12)
+    least, most = re.findall(r"takes (\S+) to (\S+) for", str(refused.value))[0]
+    for bits in (float(least), float(most)):
+        with tiny.session(kv=kv, kv_bits=bits) as session:
+            assert session.stats.bits_sealed <= bits
 
 
 @pytest.mark.parametrize(
@@ -105,14 +111,15 @@ def test_every_block_of_a_head_has_the_same_bytes(tiny: Model, random_tokens: li
 @pytest.mark.parametrize(
     ("kv", "bits", "sentence"),
     [
-        ("auto", 0.5, r"0\.5 bits .* asked for, but the KV scheme auto needs at least 0\.\d+ for"),
+        ("auto", 0.5, r"0\.5 bits .* asked for, but the KV scheme auto takes 0\.\d+ to 6\.\d+ for"),
+        ("auto", 7, r"7 bits .* asked for, but the KV scheme auto takes 0\.\d+ to 6\.\d+ for"),
         ("auto", 0.05, r"kv_bits is 0\.05, expected 0\.1 to 16\."),
         ("auto", 0, r"kv_bits is 0, expected 0\.1 to 16\."),
         ("auto", -2, r"kv_bits is -2, expected 0\.1 to 16\."),
         ("auto", 16.5, r"kv_bits is 16\.5, expected 0\.1 to 16\."),
         ("auto", math.nan, r"kv_bits is -?nan, expected 0\.1 to 16\."),
         ("auto", math.inf, r"kv_bits is inf, expected 0\.1 to 16\."),
-        ("asymkv", 1.0, r"1 bits .* asked for, but the KV scheme asymkv needs at least 1\.\d+ for"),
+        ("asymkv", 1.0, r"1 bits .* but the KV scheme asymkv takes 1\.\d+ to 2\.\d+ for"),
         ("svdq", 4.5, r"4\.5 bits per key element were asked for, expected 0\.25 to 4\."),
         ("svdq", 0.1, r"0\.1 bits per key element were asked for, expected 0\.25 to 4\."),
         ("svdq-steps", 2, r"bits of the KV scheme svdq-steps are fixed; choose auto"),

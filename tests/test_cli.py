@@ -531,6 +531,14 @@ ERRORS = {
     "cut file": (["info", "{cut}"], r"cut\.gguf"),
     "unknown architecture": (["info", "{strange}"], r"qwen9"),
     "unknown scheme": (["run", "{tiny}", "-p", "a", "--kv", "q3"], r"'q3' is unknown; known are"),
+    "misspelled scheme": (
+        ["run", "{tiny}", "-p", "a", "--kv", "SKVQ"],
+        r"'SKVQ' is unknown; known are: f16, .*auto; spelled alike: skvq, ",
+    ),
+    "simulated scheme in part": (
+        ["run", "{tiny}", "-p", "a", "--kv", "kivi"],
+        r"'kivi' is unknown; .*\. `pykvq eval` simulates kivi-2, .*; simulations have no stored",
+    ),
     "unknown scheme of several": (
         ["perplexity", "{tiny}", "-p", "a", "--kv", "f16,q3"],
         r"'q3' is unknown",
@@ -540,6 +548,7 @@ ERRORS = {
         r"'kivi-2' is a simulation for `pykvq eval` and has no stored form",
     ),
     "simulated scheme to talk with": (["chat", "{tiny}", "--kv", "rtn-2"], r"'rtn-2' is a simula"),
+    "simulated scheme to time": (["bench", "{tiny}", "--kv", "kivi-2"], r"'kivi-2' is a simula"),
     "simulated scheme of several": (
         ["perplexity", "{tiny}", "-p", "a", "--kv", "f16,kivi-2"],
         r"'kivi-2' is a simulation",
@@ -559,7 +568,7 @@ ERRORS = {
     "bits in no name": (["run", "{tiny}", "-p", "a", "--kv", "q3:2"], r"'q3:2' is unknown; known"),
     "too few bits": (
         ["run", "{tiny}", "-p", "a", "--kv", "auto", "--kv-bits", "0.4"],
-        r"0\.4 bits .* auto needs at least",
+        r"0\.4 bits .* auto takes 0\.\d+ to 6",
     ),
     "no bits": (["run", "{tiny}", "-p", "a", "--kv", "auto", "--kv-bits", "0"], r"kv_bits is 0"),
     "bits that are no number": (["run", "{tiny}", "--kv-bits", "few"], r"'few' is not a number"),

@@ -84,12 +84,12 @@ def test_the_last_line_has_a_seed_only_where_one_is_used(tiny_path: Path, capsys
     assert notices(capsys, tiny_path, "-s", "7", "--temp", "0")[-1].endswith("; greedy.")
 
 
-def test_the_last_line_counts_the_bases_beside_the_cache(
+def test_the_last_line_counts_the_profile_beside_the_cache(
     tiny: Model, tiny_path: Path, capsys: Capture
 ) -> None:
-    bases = r"KV cache [\d.]+ [kM]B for 2048 tokens and bases of [\d.]+ [kM]B, "
-    assert re.search(bases, notices(capsys, tiny_path, "--kv", "auto")[-1])
-    assert "bases" not in notices(capsys, tiny_path, "--kv", "skvq")[-1]
+    profile = r"KV cache [\d.]+ [kM]B for 2048 tokens and profile [\d.]+ [kM]B, "
+    assert re.search(profile, notices(capsys, tiny_path, "--kv", "auto")[-1])
+    assert "and profile" not in notices(capsys, tiny_path, "--kv", "skvq")[-1]
 
 
 @pytest.mark.parametrize("args", [["auto"], ["svdq-1.25"], ["asymkv", "--kv-bits", "1.9"]])
@@ -174,7 +174,7 @@ def test_info_shows_the_schemes_that_are_named_in_their_order(
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
     assert rows["scheme"] == [
         "size",
-        "bases",
+        "profile",
         "bits",
         "per",
         "element",
@@ -183,7 +183,7 @@ def test_info_shows_the_schemes_that_are_named_in_their_order(
         "sealed",
         "block",
     ]
-    assert len(rows["auto"]) == len(rows["f16"]) + 2  # which has no bases
+    assert len(rows["auto"]) == len(rows["f16"]) + 2  # which has no profile
     window = {"--kv-window": "0", "--kv-sinks": "0"}
     none = costs(capsys, tiny_path, *(word for pair in window.items() for word in pair))
     assert none["skvq"]["bytes"] < costs(capsys, tiny_path)["skvq"]["bytes"]

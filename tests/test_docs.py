@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+import make_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,6 +21,53 @@ def test_tables_are_the_generated_ones() -> None:
     command = [sys.executable, str(ROOT / "docs" / "make_tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def record(kl: dict[str, float], setting: tuple[int, int]) -> str:
+    """A record of smollm2 by the divergence of each scheme, all with these sinks and window."""
+    facts = {"bits_k": 2.0, "bits_v": 3.0, "bits_sealed": 2.5, "bits_effective_at": 2.6}
+    about = {"simulated": True, "sinks": setting[0], "window": setting[1], "bytes_at": 7e6}
+    found = {"ppl": 9.0, "se_kld": None, "median_kld": 0.0, "p99_kld": 0.0, "top1": 1.0}
+    data = {
+        "settings": {
+            "text": {"name": "a.txt"},
+            "cache": {"at": 32768},
+            "kl": {"chunks": 3, "n_ctx": 64},
+        },
+        "runs": [{"date": "2026-01-02", "machine": "M"}],
+        "schemes": {name: facts | about for name in kl},
+        "results": {
+            "kl": {
+                name: found | {"mean_kld": value, "tokens": 96, "runs": [0]}
+                for name, value in kl.items()
+            }
+        },
+    }
+    return json.dumps(data)
+
+
+def test_divergence_in_a_scheme_s_own_setting_stands_beside_where_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    page = ROOT / "docs" / "kv-schemes.md"
+
+    def made(columns: tuple[make_tables.Column, ...]) -> str:
+        return make_tables.measured(columns, lambda name: True, page)
+
+    common = record({"kivi-2": 0.25, "rtn-2": 0.5}, (5, 128))
+    (tmp_path / "eval-smollm2-a.json").write_text(common)
+    without = made(make_tables.LONG)
+    assert "| 0.2500 |" in without and "own sinks" not in without and "needles" not in without
+    (tmp_path / "eval-own-smollm2-a.json").write_text(record({"kivi-2": 0.75}, (0, 32)))
+    beside = made(make_tables.LONG)
+    rows = {line.split("`")[1]: line for line in beside.splitlines() if line.startswith("| `")}
+    assert list(rows) == ["kivi-2", "rtn-2"]
+    assert "| 0.2500 |" in rows["kivi-2"] and "| 0.7500, 0 + 32 |" in rows["kivi-2"]
+    assert "| - |" in rows["rtn-2"]
+    assert beside.count("3 chunks of 64 tokens, 96 scored; 2026-01-02, M ([record](") == 2
+    assert "eval-own-smollm2-a.json" in beside
+    assert "eval-own" not in made(make_tables.SHORT)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +92,7 @@ LAYERS = {
     "gguf.h": {"base.h"},
     "gguf_part.h": {"gguf.h", "map.h"},
     "map.h": {"base.h"},
+    "memory.h": {"base.h"},
     "ops.h": {"base.h"},
     "pool.h": {"base.h"},
     "cpu.h": set(),
@@ -54,7 +106,7 @@ LAYERS = {
     "kv_profile.h": {"kv_wave.h"},
     "kv_plan.h": {"kv_profile.h", "kv_scheme.h", "kv_wave.h"},
     "kv_ring.h": {"kv_plan.h"},
-    "isa.h": {"kv_codec.h", "kv_wave.h", "weights.h"},
+    "isa.h": {"kv_basis.h", "kv_codec.h", "kv_wave.h", "weights.h"},
     "kv_attend.h": {"clock.h", "isa.h", "kv_ring.h", "pool.h"},
     "arch.h": {"gguf.h", "weights.h"},
     "forward.h": {"arch.h", "kv_attend.h"},

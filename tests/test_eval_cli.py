@@ -221,6 +221,32 @@ def test_ctrl_c_of_calibrate_says_that_nothing_was_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_measurement_of_the_docs_takes_any_text_and_keeps_only_its_name(
+    tiny_path: Path, text_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import quality
+
+    folder = tmp_path / "data" / "text"
+    folder.mkdir(parents=True)
+    (folder / quality.CALIBRATION).write_text("not needed here")
+    monkeypatch.setenv("PYKVQ_DATA", str(folder.parent))
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    path = tmp_path / "eval-tiny-words.json"
+    options = shlex.split("--kv kivi-2 --tasks kl --ctx-size 256 --chunks 1")
+    kept = []
+    for text in (str(text_path), text_path.name):
+        monkeypatch.setattr(sys, "argv", ["quality.py", str(tiny_path), "--text", text, *options])
+        assert quality.main() == 0
+        kept.append(path.read_text())
+        (folder / text_path.name).write_bytes(text_path.read_bytes())
+    assert kept[0] == kept[1]  # the other name of the text goes on with the same record
+    assert str(text_path.parent) not in kept[0]
+    data = json.loads(kept[0])
+    assert data["settings"]["text"]["name"] == "words.txt"
+    assert data["runs"][0]["command"].startswith("python bench/quality.py tiny.gguf --text words.")
+
+
 def test_the_measurement_of_the_docs_takes_budgets_and_every_scheme(
     tiny: Model, tiny_qwen2: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 from pykvq import Model, SchemeError, UnsupportedError, native, schemes
 from pykvq.calibrate import calibrate
 from pykvq.eval.lanes import (
-    Cost,
     SessionPool,
     cost,
     digest,
@@ -45,55 +44,57 @@ def test_each_scheme_can_keep_the_setting_of_its_paper() -> None:
 def test_an_unknown_scheme_is_refused_with_the_names_of_all() -> None:
     with pytest.raises(SchemeError, match=r"'q3' is unknown; known are: f16, .*kivi-2"):
         find_lanes(["q3"], 5, 128)
+    with pytest.raises(SchemeError, match=r"'kivi' is unknown; .*; spelled alike: kivi-2, kivi-1"):
+        find_lanes(["kivi"], 5, 128)
     assert set(known_names()) == {s.name for s in schemes()} | set(SIMULATIONS)
-
-
-@pytest.mark.parametrize("n", [1, 5, 150, 197, 200, 261, 500])
-@pytest.mark.parametrize(("sinks", "window"), [(5, 128), (0, 0), (3, 100)])
-def test_effective_bits_count_what_the_core_has_sealed(
-    n: int, sinks: int, window: int, tiny: Model, random_tokens: list[int]
-) -> None:
-    lanes = find_lanes(["skvq", "q4_0"], sinks, window)
-    per_token = elements_per_token(tiny.info)
-    with SessionPool(tiny, no_moments, n_ctx=512) as pool:
-        for lane in lanes:
-            session = pool.session(lane)
-            session.eval(random_tokens[:n], "none")
-            stats, c = session.stats, cost(lane, tiny)
-            assert c.tokens_f16(n) == n - stats.n_tokens_sealed
-            bits = 16 * (n - stats.n_tokens_sealed) + stats.bits_sealed * stats.n_tokens_sealed
-            bits += 8 * stats.bytes_tables / per_token
-            assert c.bits_effective(tiny.info, n) == pytest.approx(bits / n)
 
 
 @pytest.mark.parametrize("n", [1, 5, 150, 197, 200, 261, 2000])
 @pytest.mark.parametrize(("sinks", "window"), [(5, 128), (0, 0), (3, 100)])
-def test_bytes_are_those_that_the_core_allocates(
+def test_a_scheme_costs_what_its_session_allocates(
     n: int, sinks: int, window: int, tiny: Model
 ) -> None:
-    lanes = find_lanes(["skvq", "q4_0"], sinks, window)
+    names = ["skvq", "q4_0", "auto:1.5", "svdq", "skvq-g32"]
     with SessionPool(tiny, no_moments, n_ctx=n) as pool:
-        for lane in lanes:
-            found = cost(lane, tiny).bytes_allocated(tiny.info, n)
-            assert found == pytest.approx(pool.session(lane).stats.bytes_kv, abs=1024)
+        for lane in find_lanes(names, sinks, window):
+            stats, c = pool.session(lane).stats, cost(lane, tiny, n)
+            assert (c.bits_k, c.bits_v) == (stats.bits_sealed_k, stats.bits_sealed_v)
+            assert c.bytes_total == stats.bytes_kv + c.bytes_tables
+            assert c.bytes_tables == stats.bytes_tables
+            assert c.bits_full == stats.bits_full
+            assert (c.bytes_tables > 0) == (lane.name not in ("f16", "skvq", "q4_0"))
 
 
-def test_tables_count_by_the_tokens_that_share_them(tiny: Model) -> None:
+def test_all_that_a_profile_holds_is_counted_where_it_is_used(tiny: Model, tiny_path: Path) -> None:
+    [_, svdq, auto] = find_lanes(["svdq", "auto"], 5, 128)
+    file = tiny_path.with_name("tiny.kvprofile.gguf")
+    tables = cost(svdq, tiny, 64).bytes_tables
+    # Bases and their inverses, of keys and of values, in float32; the file has two of four, in f16.
+    assert tables == cost(auto, tiny, 64).bytes_tables > 2 * file.stat().st_size
+
+
+@pytest.mark.parametrize(("sinks", "window", "n"), [(5, 128, 2000), (0, 0, 64), (64, 256, 100)])
+def test_a_simulated_scheme_costs_its_bits_where_f16_has_sealed_blocks(
+    sinks: int, window: int, n: int, tiny: Model
+) -> None:
+    [f16, kivi, svdq] = find_lanes(["kivi-2", "svdq-paper-2"], sinks, window)
     per_token = elements_per_token(tiny.info)
     assert per_token == 2 * 2 * 2 * 64  # sides, layers, heads, width
-    c = Cost(bits_k=2.0, bits_v=4.0, bytes_tables=1000, sinks=0, window=64)
-    n = 64 + 64 * 10
-    expected = 3 + 13 * 64 / n + 8 * 1000 / (n * per_token)
-    assert c.bits_effective(tiny.info, n) == pytest.approx(expected)
-    without = Cost(bits_k=2.0, bits_v=4.0, bytes_tables=0, sinks=0, window=64)
-    assert c.bytes_allocated(tiny.info, n) == without.bytes_allocated(tiny.info, n) + 1000
-
-
-def test_a_simulated_scheme_costs_what_it_says(tiny: Model) -> None:
-    lane = find_lanes(["kivi-2"], 5, 128)[1]
-    c = cost(lane, tiny)
-    assert (c.bits_k, c.bits_v) == SIMULATIONS["kivi-2"].bits(tiny.info)
-    assert (c.sinks, c.window) == (5, 128)
+    with tiny.session(kv="f16", kv_sinks=sinks, kv_window=window, n_ctx=n) as session:
+        s = session.stats
+        sealed = max(0, n - sinks - window) // 64 * 64
+        assert s.bytes_sealed == sealed * per_token * 2
+        assert cost(f16, tiny, n).bytes_total == s.bytes_kv
+        for lane in (kivi, svdq):
+            assert lane.simulation is not None
+            c = cost(lane, tiny, n)
+            assert (c.bits_k, c.bits_v) == lane.simulation.bits(tiny.info)
+            assert c.bytes_tables == lane.simulation.table_bytes(tiny.info)
+            blocks = sealed * per_token * c.bits_sealed / 8
+            expected = s.bytes_sinks + s.bytes_recent + blocks + c.bytes_tables
+            assert c.bytes_total == pytest.approx(expected, abs=1)
+            assert c.bits_full == 8 * c.bytes_total / (n * per_token)
+    assert cost(svdq, tiny, n).bytes_tables > 0
 
 
 def test_a_pool_opens_each_session_once_and_closes_them(tiny: Model) -> None:
@@ -113,7 +114,7 @@ def test_what_a_model_cannot_have_is_left_out_with_a_reason(tiny_qwen2: Model) -
     assert {"f16", "kivi-2"} < set(names)
     assert any(line.startswith("q4_0 is left out. ") and "16 wide" in line for line in left_out)
     with pytest.raises(UnsupportedError, match="16 wide"):
-        cost(find_lanes(["q4_0"], 5, 128)[1], tiny_qwen2)
+        cost(find_lanes(["q4_0"], 5, 128)[1], tiny_qwen2, 64)
 
 
 def test_a_digest_is_that_of_what_is_sealed(tiny: Model, tiny_path: Path, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_digest_is_that_of_what_is_sealed(tiny: Model, tiny_path: Path, tmp_pa
     )
     with Model(tiny_path, profile=path) as changed:
         [_, svdq, nqkv] = find_lanes(["svdq-steps", "nqkv"], 5, 128)
-        assert cost(svdq, changed).bits_k == cost(svdq, tiny).bits_k
+        assert cost(svdq, changed, 64).bits_k == cost(svdq, tiny, 64).bits_k
         assert digest(svdq, changed) != digests["svdq-steps"]
         assert digest(nqkv, changed) == digests["nqkv"]
 

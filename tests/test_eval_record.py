@@ -12,6 +12,7 @@ import pytest
 from pykvq import Model
 from pykvq.eval import harness
 from pykvq.eval.harness import Text, evaluate
+from pykvq.eval.lanes import SessionPool
 from pykvq.eval.options import TASKS, Options
 from pykvq.eval.record import Record, RecordError, file_facts, pack, unpack
 from pykvq.eval.tasks_text import KlTask
@@ -300,6 +301,21 @@ def test_what_a_record_says_about_where_it_is_from(tiny: Model, text: Text) -> N
     assert scheme["simulated"]
     assert scheme["bits_effective"] > scheme["bits_effective_at"] > scheme["bits_sealed"]
     json.dumps(data, allow_nan=False)
+
+
+def test_what_schemes_store_is_stated_anew_and_nothing_measured_again(
+    tiny: Model, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    evaluate(tiny, text, ["skvq", "kivi-2"], Record(path), of("kl"))
+    before = json.loads(path.read_text())
+    stale = json.loads(path.read_text())
+    for facts in stale["schemes"].values():
+        facts |= {"bytes_at": 1, "bits_effective": 0.5}
+    path.write_text(json.dumps(stale))
+    monkeypatch.setattr(SessionPool, "session", None)  # to measure takes one
+    evaluate(tiny, text, ["skvq", "kivi-2"], Record(path), of("kl"))
+    assert json.loads(path.read_text()) == before
 
 
 def test_schemes_that_need_it_are_calibrated_once_on_the_calibration_text(

@@ -26,6 +26,7 @@ from pykvq import (
 )
 from pykvq._native import lib
 from pykvq.checks import SESSION_RANGES
+from pykvq.native_session import SessionHandle
 
 
 def test_info_tells_what_the_file_says(tiny: Model, tiny_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_the_ranges_of_numbers_are_those_of_the_core(tiny: Model) -> None:
         numbers = {"n_ctx": 64, "n_batch": 1, "n_threads": 1, "sinks": 0, "window": 0}
         numbers[name] = most + 1
         with pytest.raises(ValueError, match=rf"{name} is {most + 1}, expected {least} to {most}"):
-            native.SessionHandle(tiny._handle, scheme="f16", **numbers)
+            SessionHandle(tiny._handle, scheme="f16", **numbers)
 
 
 def test_context_beyond_the_memory_is_refused(tiny: Model) -> None:

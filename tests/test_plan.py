@@ -22,9 +22,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 import pykvq
 from pykvq import MemoryLimitError, Model, ModelError, native, plan
+from pykvq.checks import SESSION_RANGES
 from pykvq.cli_plan import memory_size
 from pykvq.fetch import Url
-from pykvq.native import SessionStats
+from pykvq.native_session import SessionStats
 from pykvq.plan import open_header, read_header
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -554,6 +555,15 @@ def test_the_command_shows_every_scheme_that_the_model_can_have(tiny_path: Path)
     assert rows["skvq"][8] == str(planned.longest)
 
 
+def test_columns_stay_apart_at_the_longest_contexts(tiny_path: Path) -> None:
+    most = str(SESSION_RANGES["n_ctx"][1])
+    status, shown, _ = run("plan", str(tiny_path), "-c", most, "--memory", "10T", "--kv", "f16")
+    heads, cells = shown.splitlines()[3:5]
+    assert status == 0 and heads.startswith(f"{most} tokens, GB  ")
+    assert cells.split()[-1] == most and len(cells.split()) == 10
+    assert len(heads) == len(cells)
+
+
 def test_the_command_gives_json(tiny_path: Path) -> None:
     options = ("-c", "2000", "--memory", "5MiB", "--kv", "f16,auto,auto:1,f16", "--kv-bits", "1.5")
     status, shown, said = run("plan", str(tiny_path), *options, "-b", "64", "-t", "1", "--json")
@@ -615,7 +625,7 @@ def test_sizes_are_read_in_the_units_that_they_name(text: str, n_bytes: int) -> 
         (["{tiny}", "--kv", "skvq:2"], r"'skvq:2' gives bits to the KV scheme skvq"),
         (["{tiny}", "--kv", "auto:0"], r"kv_bits is 0"),
         (["{tiny}", "--kv", "skvq,f16", "--kv-bits", "2"], r"the bits of skvq, f16 are fixed"),
-        (["{tiny}", "--kv", "auto", "--kv-bits", "0.3"], r"0\.3 bits .* auto needs at least"),
+        (["{tiny}", "--kv", "auto", "--kv-bits", "0.3"], r"0\.3 bits .* auto takes 0\.\d+ to 6"),
         (["{tiny}", "--kv", "auto", "--profile", "none"], r"auto needs a profile of the model"),
         (["{tiny}", "--profile", "no-such"], r"profile no-such is not there"),
         (["{tiny}", "-c", "300000000"], r"300000000 is above 268435456"),

@@ -1,4 +1,4 @@
-/* kv_kernels_levels.inl: scores and sums over n1, n2, n3 and nf4. Included by isa_*.c after
+/* kv_kernels_levels.inl: scores and sums over n2, n3 and nf4. Included by isa_*.c after
  * kv_kernels.inl, whose loops over rows it uses; the scale of a token goes into its score or its
  * weight, so that the loops see levels alone.
  */
@@ -10,14 +10,10 @@ KV_INLINE vi load_codes(const uint8_t *row, int c, const int bits) {
     const uint8_t *const at = row + c / 8 * bits;
     if (bits == 3) return vi_shr_lanes(vi_set((int32_t)kvq_load_u32(at - 1)), vi_load(shifts[1]));
     const vi shift = vi_load(shifts[0]);
-    if (bits == 1) return vi_shr_lanes(vi_set(at[0]), shift);
     if (bits == 2) return vi_shr_lanes(vi_set(kvq_load_u16(at)), vi_shl(shift, 1));
     return vi_shr_lanes(vi_set((int32_t)kvq_load_u32(at)), vi_shl(shift, 2));
 }
 
-KV_INLINE vf load_n1(const uint8_t *row, int c, int k) {
-    return vf_lookup8(vf_load(kvq_n1_level), load_codes(row, c + k, 1));
-}
 KV_INLINE vf load_n2(const uint8_t *row, int c, int k) {
     return vf_lookup8(vf_load(kvq_n2_level), load_codes(row, c + k, 2));
 }
@@ -73,7 +69,6 @@ KV_INLINE void accum_levels_group(const int nq, load_fn *load, float *o, const f
                        row_bytes, d)
 #define LEVELS_ACCUM(NQ, FIRST)                                                                    \
     accum_levels_group(NQ, load, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, block, row_bytes, d)
-LEVELS_CODEC(n1, 1)
 LEVELS_CODEC(n2, 2)
 LEVELS_CODEC(n3, 3)
 LEVELS_CODEC(nf4, 4)

@@ -1,17 +1,15 @@
-/* kv_codec_levels.c: n1, n2, n3 and nf4, a codebook of levels times a scale per token.
+/* kv_codec_levels.c: n2, n3 and nf4, a codebook of levels times a scale per token.
  *
  * Source: NQKV (arXiv 2505.16210), whose 4 bits are nf4 with the largest magnitude of a block as
- * its scale. At fewer bits quantiles are far from optimal (an error of 0.32 with 4 of them), so n1
- * to n3 have the levels of least mean square error and the scale that fits them best: 0.363, 0.1175
- * and 0.0345 for normal data.
+ * its scale. At fewer bits quantiles are far from optimal (an error of 0.32 with 4 of them), so n2
+ * and n3 have the levels of least mean square error and the scale that fits them best: 0.1175 and
+ * 0.0345 for normal data.
  */
 #include "kv/kv_codec_parts.h"
 
 enum { ROUNDS = 2, MOST_LEVELS = 16 };
 
-#define N1_LEVELS -0.7979f, 0.7979f
 #define N2_LEVELS -1.5104f, -0.4528f, 0.4528f, 1.5104f
-const float kvq_n1_level[8] = {N1_LEVELS, N1_LEVELS, N1_LEVELS, N1_LEVELS};
 const float kvq_n2_level[8] = {N2_LEVELS, N2_LEVELS};
 const float kvq_n3_level[8] = {-2.1520f, -1.3439f, -0.7560f, -0.2451f,
                                0.2451f,  0.7560f,  1.3439f,  2.1520f};
@@ -101,7 +99,6 @@ static void decode(float *x, const uint8_t *block, int d, const float *level, in
     void kvq_decode_##NAME(float *x, const uint8_t *block, const kvq_kv_shape *sh) {               \
         decode(x, block, sh->d, kvq_##NAME##_level, BITS);                                         \
     }
-LEVELS_CODEC(n1, 1)
 LEVELS_CODEC(n2, 2)
 LEVELS_CODEC(n3, 3)
 LEVELS_CODEC(nf4, 4)

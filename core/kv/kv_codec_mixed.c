@@ -8,10 +8,7 @@
 #include "kv/kv_codec_parts.h"
 
 static const int widths[KVQ_RUNS] = {8, 4, 2, 1}; /* bits */
-
-/* The step of 2^bits uniform levels that quantizes a unit normal variable with least mean square
- * error. */
-static const float steps[KVQ_RUNS] = {0.0308f, 0.3352f, 0.9957f, 1.5958f};
+static const float steps[KVQ_RUNS] = {KVQ_STEP_8, KVQ_STEP_4, KVQ_STEP_2, KVQ_STEP_1};
 
 /* Where a code lies in the units of a token. A channel of 8 bits has two places, 4 bits each. */
 typedef struct place {

@@ -47,6 +47,13 @@ static inline float kvq_stretch(float xx, float xy, float yy, float part) {
 #define KVQ_STRETCH_KEYS 0.5f
 #define KVQ_STRETCH_VALUES 1.0f
 
+/* The step of 2^b uniform levels that quantizes a unit normal variable with least mean square error
+ * (Max, 1960), for b bits. */
+#define KVQ_STEP_1 1.5958f
+#define KVQ_STEP_2 0.9957f
+#define KVQ_STEP_4 0.3352f
+#define KVQ_STEP_8 0.0308f
+
 static inline float kvq_inverse_or_zero(float x) { return x > 0 ? 1.0f / x : 0.0f; }
 
 /* Sums over a row in 16 partial sums: a fixed order that compilers can vectorize. */

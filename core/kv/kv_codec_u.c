@@ -1,12 +1,6 @@
 /* kv_codec_u.c: u1, u2 and u4, uniform levels around the mean of the block. */
 #include "kv/kv_codec_parts.h"
 
-/* The steps of 2, 4 and 16 uniform levels that quantize a unit normal variable with least mean
- * square error. */
-#define U1_STEP 1.5958f
-#define U2_STEP 0.9957f
-#define U4_STEP 0.3352f
-
 enum { ROUNDS = 2, MOST_GROUPS = KVQ_D_MAX / 32 };
 
 typedef float u_rows[KVQ_BLOCK][KVQ_D_MAX];
@@ -193,13 +187,13 @@ static void decode(float *x, const uint8_t *block, const kvq_kv_shape *sh, int b
     }
 }
 
-#define U_CODEC(NAME, BITS, STEP)                                                                  \
+#define U_CODEC(NAME, BITS)                                                                        \
     void kvq_encode_##NAME(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh) {         \
-        encode(block, rows, sh, BITS, STEP);                                                       \
+        encode(block, rows, sh, BITS, KVQ_STEP_##BITS);                                            \
     }                                                                                              \
     void kvq_decode_##NAME(float *x, const uint8_t *block, const kvq_kv_shape *sh) {               \
         decode(x, block, sh, BITS);                                                                \
     }
-U_CODEC(u1, 1, U1_STEP)
-U_CODEC(u2, 2, U2_STEP)
-U_CODEC(u4, 4, U4_STEP)
+U_CODEC(u1, 1)
+U_CODEC(u2, 2)
+U_CODEC(u4, 4)

@@ -94,7 +94,7 @@ static inline kvq_kv_shape kvq_plain_shape(int d) { return (kvq_kv_shape){.d = d
  *         j + 8, ... of them.
  *     So a shift and a mask give the windows of 4 tokens in a row, as above.
  *
- * n1, n2, n3, nf4: keys or values, each token by itself: one of 2^b levels times the token's scale.
+ * n2, n3, nf4: keys or values, each token by itself: one of 2^b levels times the token's scale.
  *
  *     | half scale[64] | codes[64]: rows of b * d / 8 bytes |
  *
@@ -168,15 +168,14 @@ static inline size_t kvq_t2_bytes(const kvq_kv_shape *sh) {
 static inline size_t kvq_n_bytes(const kvq_kv_shape *sh, int bits) {
     return KVQ_N_HEADER + KVQ_BLOCK / 8 * (size_t)bits * (size_t)sh->d;
 }
-static inline size_t kvq_n1_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 1); }
 static inline size_t kvq_n2_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 2); }
 static inline size_t kvq_n3_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 3); }
 static inline size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 4); }
 
-/* Levels of n1, n2, n3: quantizers of least mean square error for a unit normal variable (Lloyd,
+/* Levels of n2 and n3: quantizers of least mean square error for a unit normal variable (Lloyd,
  * Max). nf4: NormalFloat4 of QLoRA (arXiv 2305.14314), for values over the largest of a row. The
- * tables of n1 and n2 are repeated to 8 entries: any bits above a code's own may come along. */
-extern const float kvq_n1_level[8], kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
+ * table of n2 is repeated to 8 entries: any bit above a code's own may come along. */
+extern const float kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
 
 /* Levels of t1, t2 and points of c8 are small integers, which instruction sets multiply fastest, in
  * this unit; rounding to them adds 2.4e-5 of the power of normal data to the error. */

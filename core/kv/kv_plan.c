@@ -1,17 +1,23 @@
 /* kv_plan.c: the plans by name. */
 #include "kv/kv_plan.h"
 
+#include <math.h>
+
 /* Before the stretch: what codes leave after it, up to 1.4 times as much for 1-bit values, made
  * worse plans, since attention averages that noise. */
 const float kvq_plan_loss[KVQ_CODECS] = {
-    [KVQ_CODEC_u1] = 0.3474f,  [KVQ_CODEC_u2] = 0.1075f,   [KVQ_CODEC_u4] = 0.0094f,
-    [KVQ_CODEC_t1] = 0.307f,   [KVQ_CODEC_c8] = 0.195f,    [KVQ_CODEC_t2] = 0.0923f,
-    [KVQ_CODEC_n1] = 0.3589f,  [KVQ_CODEC_n2] = 0.1128f,   [KVQ_CODEC_n3] = 0.0345f,
-    [KVQ_CODEC_nf4] = 0.0092f, [KVQ_CODEC_q8_0] = 2.83e-5f};
+    [KVQ_CODEC_u1] = 0.3474f,    [KVQ_CODEC_u2] = 0.1075f, [KVQ_CODEC_u4] = 0.0094f,
+    [KVQ_CODEC_t1] = 0.307f,     [KVQ_CODEC_c8] = 0.195f,  [KVQ_CODEC_t2] = 0.0923f,
+    [KVQ_CODEC_n2] = 0.1128f,    [KVQ_CODEC_n3] = 0.0345f, [KVQ_CODEC_nf4] = 0.0092f,
+    [KVQ_CODEC_q8_0] = 2.83e-5f,
+};
 
-/* What errors of values count for against those of keys, beside what the sensitivities say: with
- * half of it plans diverge less at 1.5 and at 2 bits, on both models of the catalogue (text of the
- * calibration's kind, which was not part of it). */
+/* What errors of values count for against those of keys, beside what the sensitivities say. Found
+ * by trial, of which no numbers are kept: with half of it plans diverge less at 1.5 and at 2 bits,
+ * on both models of the catalogue (text of the calibration's kind, which was not part of it). To
+ * check another weight w, multiply kvq.v_sensitivity of a profile by w / VALUE_WEIGHT (read_profile
+ * and write_profile of pykvq/profile.py), and compare with `pykvq perplexity MODEL -f TEXT --kv
+ * auto:1.5,auto --profile PATH --kld --stream`. */
 #define VALUE_WEIGHT 0.5f
 
 /* The codecs that a budget may be spent on for values, by rising bits. */
@@ -141,19 +147,37 @@ static void make_ladder(ladder *l, const kvq_track *track, const kvq_profile *p,
     }
 }
 
+/* Requires that n ladders have room for so many bits per element; `elements` of a block. */
+static kvq_status check_budget(const ladder *ladders, int n, const kvq_plan_request *r, double bits,
+                               double elements) {
+    size_t least = 0, most = 0;
+    for (int i = 0; i < n; i++) {
+        size_t top = 0;
+        for (int k = 0; k < ladders[i].n; k++) {
+            if (ladders[i].bytes[k] > top) top = ladders[i].bytes[k];
+        }
+        least += ladders[i].bytes[0];
+        most += top;
+    }
+    const double lowest = 8.0 * (double)least / elements, highest = 8.0 * (double)most / elements;
+    if (bits >= lowest && bits <= highest) return KVQ_OK;
+    /* rounded inward, so that what is named is accepted */
+    return kvq_fail(KVQ_ERR_ARGUMENT,
+                    "%.4g bits per element were asked for, but the KV scheme %s takes %.2f to %.2f "
+                    "for heads %d wide.",
+                    bits, r->scheme->name, ceil(100 * lowest) / 100, floor(100 * highest) / 100,
+                    r->d_head);
+}
+
 /* Climbs n ladders that stand at their feet to where the bits per element end: the steepest
  * affordable step is taken until none is left. */
 static kvq_status climb(ladder *ladders, int n, const kvq_plan_request *r, double bits) {
     const double elements =
         (double)KVQ_BLOCK * r->d_head * r->n_layers * r->n_heads * KVQ_SIDES; /* of a block */
+    const kvq_status status = check_budget(ladders, n, r, bits, elements);
+    if (status != KVQ_OK) return status;
     size_t spent = 0;
     for (int i = 0; i < n; i++) spent += ladders[i].bytes[0];
-    if (8.0 * (double)spent > bits * elements) {
-        return kvq_fail(KVQ_ERR_ARGUMENT,
-                        "%.3g bits per element were asked for, but the KV scheme %s needs at "
-                        "least %.3g for heads %d wide.",
-                        bits, r->scheme->name, 8.0 * (double)spent / elements, r->d_head);
-    }
     size_t left = (size_t)(bits / 8 * elements) - spent;
     for (int i = 0; i < n; i++) find_step(&ladders[i], left);
     for (;;) {
@@ -437,17 +461,6 @@ double kvq_plan_bits(const kvq_track *tracks, const kvq_plan_request *r, int sid
         if (i / r->n_heads % KVQ_SIDES == side) bytes += (double)tracks[i].block_bytes;
     }
     return 8 * bytes / ((double)KVQ_BLOCK * r->d_head * r->n_layers * r->n_heads);
-}
-
-size_t kvq_plan_table_bytes(const kvq_track *tracks, const kvq_plan_request *r) {
-    size_t bytes = 0;
-    for (int i = 0; i < r->n_layers * KVQ_SIDES * r->n_heads; i++) {
-        const size_t d = (size_t)tracks[i].shape.d;
-        if (tracks[i].basis.kind == KVQ_BASIS_calibrated) bytes += (2 * d + 1) * d * sizeof(float);
-        bytes += 2 * (size_t)tracks[i].wave.n * d * sizeof(float);
-        if (tracks[i].basis.kind == KVQ_BASIS_permuted) bytes += d * sizeof(uint16_t);
-    }
-    return bytes;
 }
 
 bool kvq_plan_uses_profile(const kvq_track *tracks, const kvq_plan_request *r) {

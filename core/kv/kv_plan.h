@@ -47,7 +47,4 @@ double kvq_plan_bits(const kvq_track *tracks, const kvq_plan_request *request, i
 /* Whether anything in the tracks is from the profile: without it they would be the same. */
 bool kvq_plan_uses_profile(const kvq_track *tracks, const kvq_plan_request *request);
 
-/* Bytes of all that the plan's bases hold: matrices, means, orders. */
-size_t kvq_plan_table_bytes(const kvq_track *tracks, const kvq_plan_request *request);
-
 #endif

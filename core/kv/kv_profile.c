@@ -362,7 +362,8 @@ static kvq_status read_all(const reader *r) {
     float *const waves = kvq_alloc((size_t)p->n_heads * (size_t)p->d_head * sizeof *waves);
     kvq_arena arena = {0};
     lay_out(p, &arena);
-    p->memory = kvq_alloc(arena.used);
+    p->bytes = arena.used;
+    p->memory = kvq_alloc(p->bytes);
     kvq_status status = work && waves && p->memory
                             ? KVQ_OK
                             : kvq_fail(KVQ_ERR_MEMORY, "there is no memory for a profile");

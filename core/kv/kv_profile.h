@@ -11,6 +11,7 @@
 
 struct kvq_profile {
     void *memory;                     /* of all below */
+    size_t bytes;                     /* of it */
     int n_layers, n_heads, d_head, d; /* KV heads; width of a head, and padded */
     char label[64];
     /* All [n_layers][n_heads][...] unless said otherwise; padded channels are zeros. */

@@ -30,12 +30,13 @@ from pykvq.bench.lanes import Lane, OwnLane
 from pykvq.bench.peer import LlamaModel, require_llama_cpp
 from pykvq.bench.ratios import GENERATION, PROMPT, Json, add_depth_costs, ratios
 from pykvq.eval.record import machine as machine_name
+from pykvq.native_session import STAGES
 
 if TYPE_CHECKING:
     from pykvq.bench.limits import Limits, Work
     from pykvq.bench.options import Options
     from pykvq.model import Model, Progress
-    from pykvq.native import SessionStats
+    from pykvq.native_session import SessionStats
     from pykvq.session import IntArray
 
 Announce = Callable[[Json], None]
@@ -155,7 +156,7 @@ class Bench:
 
 
 def _stages(before: SessionStats, after: SessionStats) -> dict[str, int]:
-    return {stage: after.stage_ns[stage] - before.stage_ns[stage] for stage in native.STAGES}
+    return {stage: after.stage_ns[stage] - before.stage_ns[stage] for stage in STAGES}
 
 
 def run(
@@ -275,7 +276,7 @@ def _result(
     if times.stages:
         result["stages_ms"] = {
             name: statistics.median(stages[name] for stages in times.stages) / n / 1e6
-            for name in native.STAGES
+            for name in STAGES
         }
     if test == GENERATION and times.kv_bytes:
         kv_bytes = statistics.median(times.kv_bytes)

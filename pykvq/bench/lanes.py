@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pykvq import native
 from pykvq.closing import Closing
-from pykvq.errors import SchemeError
+from pykvq.kv_names import parse_kv
 
 if TYPE_CHECKING:
     from pykvq.bench.options import Options
     from pykvq.model import Model
-    from pykvq.native import SessionStats
+    from pykvq.native_session import SessionStats
     from pykvq.session import IntArray
 
 
@@ -74,10 +73,10 @@ class OwnLane(Closing):
             UnsupportedError: It has no form for this model.
             MemoryLimitError: The cache does not fit into the memory.
         """
-        name, bits = split_budget(kv)
+        scheme, bits = parse_kv(kv)
         self.kv = self.setting = kv
         self._session = model.session(
-            kv=name,
+            kv=scheme.name,
             kv_bits=bits,
             n_ctx=options.n_ctx,
             n_threads=options.n_threads,
@@ -110,21 +109,3 @@ class OwnLane(Closing):
     def close(self) -> None:
         """Frees the cache."""
         self._session.close()
-
-
-def split_budget(kv: str) -> tuple[str, float | None]:
-    """A scheme and its bits from NAME or NAME:BITS.
-
-    Raises:
-        SchemeError: The scheme is not known, its bits are fixed, or they are no number.
-    """
-    name, colon, budget = kv.partition(":")
-    scheme = native.scheme_named(name)
-    if not colon:
-        return name, None
-    if not scheme.has_budget:
-        raise SchemeError(f"{kv}: the bits of this KV scheme are fixed.")
-    try:
-        return name, float(budget)
-    except ValueError:
-        raise SchemeError(f"{kv}: {budget!r} is not a number of bits.") from None

@@ -6,6 +6,8 @@ an engine really reads; so the same limit holds for every engine with the same c
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,7 +46,10 @@ class Limits:
 
 
 def measure(n_threads: int | None, n_bytes: int = 0) -> Limits:
-    """Measures the machine, which takes about a second.
+    """Measures the machine, which takes some seconds.
+
+    It is done in a process of its own, so that the buffer is not part of the most memory that this
+    one ever held.
 
     Args:
         n_threads: Threads; None: one per processor.
@@ -54,6 +59,13 @@ def measure(n_threads: int | None, n_bytes: int = 0) -> Limits:
         ValueError: A number is out of range.
         MemoryLimitError: There is no memory for the buffer.
     """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+        return process.submit(measure_here, n_threads, n_bytes).result()
+
+
+def measure_here(n_threads: int | None, n_bytes: int = 0) -> Limits:
+    """The same in this process; see `measure`."""
     raw = native.measure_machine(n_threads or 0, n_bytes)
     return Limits(
         isa=native.isa_selected(),

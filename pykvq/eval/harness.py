@@ -125,7 +125,7 @@ def evaluate(
     """
     o = options or Options()
     lanes = find_lanes(kv, o.kv_sinks, o.kv_window, own_setting=o.own_setting)
-    costs = {lane.name: cost(lane, model) for lane in lanes}
+    costs = {lane.name: (cost(lane, model, o.n_ctx), cost(lane, model, o.at)) for lane in lanes}
     lacking = [lane.name for lane in lanes if lane.needs_moments and calibration is None]
     if lacking:
         raise ValueError(
@@ -149,7 +149,7 @@ def evaluate(
     changed = [
         lane.name
         for lane in lanes
-        if record.describe_scheme(lane.name, _scheme_facts(lane, costs[lane.name], model, o))
+        if record.describe_scheme(lane.name, _scheme_facts(lane, model, *costs[lane.name]))
     ]
     if changed:
         warnings.warn(
@@ -231,9 +231,8 @@ def _bind(record: Record, model: Model, text: Text, o: Options, tasks: Sequence[
         record.bind(task.name, task.settings(), FLAGS)
 
 
-def _scheme_facts(lane: Lane, c: Cost, model: Model, o: Options) -> Json:
-    """What the record says about a scheme on this model."""
-    info = model.info
+def _scheme_facts(lane: Lane, model: Model, c: Cost, at: Cost) -> Json:
+    """What the record says about a scheme on this model, at its two contexts."""
     profile = model.profile_path if lane.profile else None
     return {
         "digest": digest(lane, model),
@@ -242,15 +241,15 @@ def _scheme_facts(lane: Lane, c: Cost, model: Model, o: Options) -> Json:
         "source": lane.source,
         "simulated": lane.simulation is not None,
         "calibrated": lane.needs_moments,
-        "sinks": c.sinks,
-        "window": c.window,
+        "sinks": lane.sinks,
+        "window": lane.window,
         "bits_k": c.bits_k,
         "bits_v": c.bits_v,
         "bits_sealed": c.bits_sealed,
         "bytes_tables": c.bytes_tables,
-        "bits_effective": c.bits_effective(info, o.n_ctx),
-        "bits_effective_at": c.bits_effective(info, o.at),
-        "bytes_at": c.bytes_allocated(info, o.at),
+        "bits_effective": c.bits_full,
+        "bits_effective_at": at.bits_full,
+        "bytes_at": at.bytes_total,
     }
 
 

@@ -15,7 +15,6 @@ from pykvq import native
 from pykvq.closing import Closing
 from pykvq.errors import KvqError, SchemeError
 from pykvq.eval.simulations import SIMULATIONS
-from pykvq.eval.streaming import sealed_tokens
 from pykvq.kv_names import parse_kv
 from pykvq.perplexity import REFERENCE
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from pykvq.model import Model, ModelInfo
     from pykvq.moments import Moments
     from pykvq.session import Session
-
-_BITS_F16 = 16.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def usable_names(model: Model, left_out: Callable[[str], None]) -> list[str]:
     names = []
     for lane in find_lanes(known_names(), 0, 0):
         try:
-            cost(lane, model)
+            cost(lane, model, 1)
         except (KvqError, ValueError) as error:
             left_out(f"{lane.name} is left out. {error}")
         else:
@@ -111,9 +108,7 @@ def find_lanes(
             used = t.profile != "none"
             lane = Lane(name, t.name, bits, used, t.summary, "pykvq", None, t.sinks, t.window)
         else:
-            raise SchemeError(
-                f"The KV scheme {name!r} is unknown; known are: {', '.join(known_names())}."
-            )
+            raise SchemeError(native.unknown_scheme(name, known_names()))
         if name == REFERENCE or not own_setting:
             lane = replace(lane, sinks=sinks, window=window)
         lanes.append(lane)
@@ -125,57 +120,26 @@ def find_lanes(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a scheme stores.
+    """What a scheme stores on a model.
 
     Attributes:
         bits_k: Bits per element of sealed keys, with all metadata of their blocks.
         bits_v: The same for values.
-        bytes_tables: Permutations and bases that reading the cache needs, once per model.
-        sinks: First tokens in f16.
-        window: Last tokens in f16.
+        bytes_tables: Permutations and bases that it needs, once per model.
+        bytes_total: What a session of `n_ctx` tokens allocates for its cache, and these tables.
+        bits_full: The same by the element, of a cache that is full.
     """
 
     bits_k: float
     bits_v: float
     bytes_tables: int
-    sinks: int
-    window: int
+    bytes_total: int
+    bits_full: float
 
     @property
     def bits_sealed(self) -> float:
         """Bits per element of a sealed block, keys and values averaged."""
         return (self.bits_k + self.bits_v) / 2
-
-    def tokens_f16(self, n: int) -> int:
-        """Of n tokens in the cache, those in f16.
-
-        Beside sinks and window these are the tokens that wait until their block is full.
-        """
-        return n - sealed_tokens(n, self.sinks, self.window)
-
-    def bits_effective(self, info: ModelInfo, n: int) -> float:
-        """Bits per element of a cache that holds n tokens, everything counted.
-
-            b_eff = b + (16 - b) * n_f16 / n + 8 * table_bytes / (n * elements per token)
-
-        b being the bits of sealed blocks with all their metadata.
-        """
-        b, f16 = self.bits_sealed, self.tokens_f16(n)
-        tables = 8 * self.bytes_tables / (n * elements_per_token(info))
-        return b + (_BITS_F16 - b) * f16 / n + tables
-
-    def bytes_allocated(self, info: ModelInfo, n: int) -> int:
-        """Bytes of a cache for n tokens, and of its tables.
-
-        The f16 rows behind the sinks are a ring of whole blocks: the window, and one block that
-        fills while the window stays whole.
-        """
-        block = native.block_tokens()
-        sinks = min(self.sinks, n)
-        recent = -(-(min(self.window, n - sinks) + block) // block) * block
-        sealed = sealed_tokens(n, sinks, self.window)
-        bits = _BITS_F16 * (sinks + recent) + self.bits_sealed * sealed
-        return round(bits * elements_per_token(info) / 8) + self.bytes_tables
 
 
 def elements_per_token(info: ModelInfo) -> int:
@@ -183,19 +147,33 @@ def elements_per_token(info: ModelInfo) -> int:
     return 2 * info.n_layers * info.n_kv_heads * info.d_head
 
 
-def cost(lane: Lane, model: Model) -> Cost:
-    """What a lane's scheme stores on a model.
+def cost(lane: Lane, model: Model, n_ctx: int) -> Cost:
+    """What a lane's scheme stores on a model, as the core plans a session of `n_ctx` tokens.
+
+    Of a simulated scheme that is the f16 session that stands for it, with sealed blocks of as many
+    bits as the scheme has, and its tables.
 
     Raises:
         UnsupportedError: The scheme has no form for this model.
+        ValueError: It needs a profile and there is none, or `n_ctx` is out of range.
     """
-    if lane.simulation is not None:
-        bits_k, bits_v = lane.simulation.bits(model.info)
-        tables = lane.simulation.table_bytes(model.info)
-        return Cost(bits_k, bits_v, tables, lane.sinks, lane.window)
-    with model.session(kv=lane.scheme, kv_bits=lane.bits, n_ctx=1, n_batch=1) as session:
-        s = session.stats
-        return Cost(s.bits_sealed_k, s.bits_sealed_v, s.bytes_tables, lane.sinks, lane.window)
+    s = model.plan(
+        kv=lane.scheme,
+        kv_bits=lane.bits,
+        kv_sinks=lane.sinks,
+        kv_window=lane.window,
+        n_ctx=n_ctx,
+    ).stats
+    if lane.simulation is None:
+        total = s.bytes_kv + s.bytes_tables
+        return Cost(s.bits_sealed_k, s.bits_sealed_v, s.bytes_tables, total, s.bits_full)
+    bits_k, bits_v = lane.simulation.bits(model.info)
+    tables = lane.simulation.table_bytes(model.info)
+    keys = s.bytes_sealed_k * bits_k / s.bits_sealed_k
+    values = s.bytes_sealed_v * bits_v / s.bits_sealed_v
+    total = round(s.bytes_sinks + s.bytes_recent + keys + values) + tables
+    bits_full = 8 * total / (n_ctx * elements_per_token(model.info))
+    return Cost(bits_k, bits_v, tables, total, bits_full)
 
 
 def digest(lane: Lane, model: Model) -> str:

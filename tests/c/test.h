@@ -44,6 +44,6 @@ static inline void test_normals(float *x, size_t n, unsigned long long seed) {
 
 /* One table per file, ended by {NULL, NULL}. */
 extern const kvq_test tests_gguf[], tests_weights[], tests_kv_codec[], tests_kv[], tests_kv_plan[],
-    tests_pool[];
+    tests_pool[], tests_memory[];
 
 #endif

@@ -124,8 +124,8 @@ static const double most_error[KVQ_CODECS] = {
     [KVQ_CODEC_f16] = 1e-7,  [KVQ_CODEC_q8_0] = 6e-5,  [KVQ_CODEC_q4_0] = 0.012,
     [KVQ_CODEC_u1] = 0.39,   [KVQ_CODEC_u2] = 0.122,   [KVQ_CODEC_u4] = 0.0125,
     [KVQ_CODEC_c8] = 0.252,  [KVQ_CODEC_mixed] = 0.27, [KVQ_CODEC_t1] = 0.46,
-    [KVQ_CODEC_t2] = 0.106,  [KVQ_CODEC_n1] = 0.3634,  [KVQ_CODEC_n2] = 0.1175,
-    [KVQ_CODEC_n3] = 0.0345, [KVQ_CODEC_nf4] = 0.0094};
+    [KVQ_CODEC_t2] = 0.106,  [KVQ_CODEC_n2] = 0.1175,  [KVQ_CODEC_n3] = 0.0345,
+    [KVQ_CODEC_nf4] = 0.0094};
 
 static double most_error_of(codec_case c) {
     static const double of_mixed[] = {[8] = 4.6e-5, [4] = 0.0096, [2] = 0.118, [1] = 0.395};
@@ -374,16 +374,16 @@ static const double most_score_off[KVQ_CODECS] = {
     [KVQ_CODEC_f16] = 1e-6, [KVQ_CODEC_q8_0] = 1e-6,   [KVQ_CODEC_q4_0] = 1e-6,
     [KVQ_CODEC_u1] = 0.015, [KVQ_CODEC_u2] = 0.015,    [KVQ_CODEC_u4] = 0.015,
     [KVQ_CODEC_c8] = 1e-6,  [KVQ_CODEC_mixed] = 0.015, [KVQ_CODEC_t1] = 1e-6,
-    [KVQ_CODEC_t2] = 1e-6,  [KVQ_CODEC_n1] = 1e-6,     [KVQ_CODEC_n2] = 1e-6,
-    [KVQ_CODEC_n3] = 1e-6,  [KVQ_CODEC_nf4] = 1e-6};
+    [KVQ_CODEC_t2] = 1e-6,  [KVQ_CODEC_n2] = 1e-6,     [KVQ_CODEC_n3] = 1e-6,
+    [KVQ_CODEC_nf4] = 1e-6};
 /* c8, t1 and t2 round weights to 1/4095 of the largest of a block: off by 3e-5 on average here, and
  * by ten times as much where large errors meet. */
 static const float most_accum_off[KVQ_CODECS] = {
     [KVQ_CODEC_f16] = 1e-6f, [KVQ_CODEC_q8_0] = 1e-6f,  [KVQ_CODEC_q4_0] = 1e-6f,
     [KVQ_CODEC_u1] = 1e-6f,  [KVQ_CODEC_u2] = 1e-6f,    [KVQ_CODEC_u4] = 1e-6f,
     [KVQ_CODEC_c8] = 5e-4f,  [KVQ_CODEC_mixed] = 1e-6f, [KVQ_CODEC_t1] = 5e-4f,
-    [KVQ_CODEC_t2] = 5e-4f,  [KVQ_CODEC_n1] = 1e-6f,    [KVQ_CODEC_n2] = 1e-6f,
-    [KVQ_CODEC_n3] = 1e-6f,  [KVQ_CODEC_nf4] = 1e-6f};
+    [KVQ_CODEC_t2] = 5e-4f,  [KVQ_CODEC_n2] = 1e-6f,    [KVQ_CODEC_n3] = 1e-6f,
+    [KVQ_CODEC_nf4] = 1e-6f};
 
 /* block and q: memory of just the size that they need. */
 static const char *check_kernels(const kvq_isa *isa, codec_case which, int d, int n, uint8_t *block,

@@ -18,8 +18,8 @@ static bool lacks_wanted_isa(void) {
 }
 
 int main(int argc, char **argv) {
-    const kvq_test *const tables[] = {tests_gguf, tests_weights, tests_kv_codec,
-                                      tests_kv,   tests_kv_plan, tests_pool};
+    const kvq_test *const tables[] = {tests_gguf,    tests_weights, tests_kv_codec, tests_kv,
+                                      tests_kv_plan, tests_pool,    tests_memory};
     const char *isa = "none";
     int passed = 0, failed = 0;
     if (lacks_wanted_isa()) {
