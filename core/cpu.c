@@ -107,3 +107,20 @@ int kvq_cpu_count(void) {
     return n > 0 ? (int)n : 1;
 #endif
 }
+
+bool kvq_cpu_pin(int i) {
+#if defined(__linux__)
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return false;
+    int skipped = i % CPU_COUNT(&allowed), cpu = 0;
+    for (;; cpu++) {
+        if (CPU_ISSET(cpu, &allowed) && skipped-- == 0) break;
+    }
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    return sched_setaffinity(0, sizeof one, &one) == 0;
+#else
+    (void)i;
+    return false;
+#endif
+}

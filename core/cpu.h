@@ -6,6 +6,10 @@
 
 int kvq_cpu_count(void); /* processors that this process may use */
 
+/* Keeps the calling thread on the i-th of them, counted on from the first beyond the last; false
+ * where the system has no call for it, or refuses. */
+bool kvq_cpu_pin(int i);
+
 /* AVX2, FMA and F16C; these and AVX-512 F, BW, DQ, VL and VNNI. Asked here, since a file compiled
  * for them must not run before the answer. */
 bool kvq_cpu_has_avx2(void);

@@ -195,6 +195,9 @@ typedef struct kvq_session_options {
      * blocks keep a mean. */
     int32_t kv_topk;
     int32_t no_memory_check; /* 1: open a session even if it does not fit into the memory */
+    /* 1: each thread but the caller's stays on one processor (KVQ_ERR_UNSUPPORTED where the system
+     * has no call for it). */
+    int32_t pin_threads;
 } kvq_session_options;
 
 /* Called before each layer of each pass, on the calling thread; returning non-zero cancels. */

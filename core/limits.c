@@ -92,7 +92,7 @@ kvq_status kvq_machine_measure(kvq_machine_limits *out, int32_t n_threads, uint6
     }
     kvq_status status = check_buffer(n_bytes);
     if (status == KVQ_OK) status = kvq_isa_choose(&isa);
-    if (status == KVQ_OK) status = kvq_pool_open(&pool, n_threads);
+    if (status == KVQ_OK) status = kvq_pool_open(&pool, n_threads, false);
     if (status != KVQ_OK) return status;
     const int n_chunks = (int)(n_bytes / CHUNK);
     uint8_t *const buffer = kvq_alloc((size_t)n_chunks * CHUNK);

@@ -69,6 +69,8 @@ struct kvq_pool {
     pthread_mutex_t lock; /* for sleeping only */
     pthread_cond_t job_posted, job_done, called;
     atomic_bool closing;
+    bool pin;
+    int n_pinned; /* workers that have been, or -1 if one cannot be; under the lock */
     int n_threads, n_started;
     worker workers[];
 };
@@ -126,9 +128,30 @@ static uint32_t sleep_until_called(kvq_pool *pool, int number, uint32_t seen) {
     return job;
 }
 
+static void pin_worker(kvq_pool *pool, int number) {
+    const bool pinned = kvq_cpu_pin(number);
+    pthread_mutex_lock(&pool->lock);
+    pool->n_pinned = pinned && pool->n_pinned >= 0 ? pool->n_pinned + 1 : -1;
+    pthread_cond_signal(&pool->job_done);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Waits until all workers are pinned, or one cannot be. */
+static kvq_status wait_for_pins(kvq_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    while (pool->n_pinned >= 0 && pool->n_pinned < pool->n_threads - 1) {
+        pthread_cond_wait(&pool->job_done, &pool->lock);
+    }
+    const bool all = pool->n_pinned >= 0;
+    pthread_mutex_unlock(&pool->lock);
+    if (all) return KVQ_OK;
+    return kvq_fail(KVQ_ERR_UNSUPPORTED, "Threads cannot be pinned to processors on this system.");
+}
+
 static void *worker_main(void *argument) {
     const worker *const self = argument;
     kvq_pool *const pool = self->pool;
+    if (pool->pin) pin_worker(pool, self->number);
     uint32_t seen = 0;
     for (;;) {
         uint32_t job = atomic_load(&pool->job);
@@ -206,7 +229,7 @@ void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context) 
 
 int kvq_pool_threads(const kvq_pool *pool) { return pool->n_threads; }
 
-kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
+kvq_status kvq_pool_open(kvq_pool **out, int n_threads, bool pin) {
     kvq_pool *const pool = kvq_alloc(sizeof *pool + (size_t)n_threads * sizeof(worker));
     if (!pool) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for %d threads.", n_threads);
     pthread_mutex_init(&pool->lock, NULL);
@@ -214,6 +237,7 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
     pthread_cond_init(&pool->job_done, NULL);
     pthread_cond_init(&pool->called, NULL);
     pool->n_threads = n_threads;
+    pool->pin = pin;
     pool->pause = LEAST_PAUSE_NS;
     const int processors = kvq_cpu_count();
     pool->most_active = n_threads < processors ? n_threads : processors;
@@ -234,6 +258,10 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads) {
         }
     }
     pthread_attr_destroy(&attributes);
+    if (pin && wait_for_pins(pool) != KVQ_OK) {
+        kvq_pool_close(pool);
+        return KVQ_ERR_UNSUPPORTED;
+    }
     *out = pool;
     return KVQ_OK;
 }

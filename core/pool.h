@@ -10,7 +10,9 @@
 typedef struct kvq_pool kvq_pool;
 typedef void kvq_task_fn(void *context, int task, int worker); /* worker: 0 .. n_threads - 1 */
 
-kvq_status kvq_pool_open(kvq_pool **out, int n_threads); /* the caller's thread is one of them */
+/* The caller's thread is one of n_threads. pin: each of the others stays on one processor;
+ * KVQ_ERR_UNSUPPORTED where they cannot. */
+kvq_status kvq_pool_open(kvq_pool **out, int n_threads, bool pin);
 void kvq_pool_close(kvq_pool *pool);                     /* takes NULL */
 int kvq_pool_threads(const kvq_pool *pool);
 

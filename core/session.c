@@ -395,7 +395,7 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
     if (status != KVQ_OK) return status;
     if (!options->no_memory_check) status = check_memory(s);
     if (status == KVQ_OK) status = allocate(s);
-    if (status == KVQ_OK) status = kvq_pool_open(&s->pool, s->n_threads);
+    if (status == KVQ_OK) status = kvq_pool_open(&s->pool, s->n_threads, options->pin_threads);
     if (status != KVQ_OK) {
         kvq_session_close(s);
         return status;

@@ -80,7 +80,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     options.add_session(
         parser, f"{options.RUN_CONTEXT}, or what prompt and -n need, at most as it was trained"
     )
-    options.add_memory_check(parser)
+    options.add_opening(parser)
     cli_sampling.add_sampling(parser)
     options.add_json(parser)
 
@@ -96,7 +96,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     cli_sampling.add_system(parser)
     cli_sampling.add_length(parser)
     options.add_session(parser, f"{options.CHAT_CONTEXT}, at most as it was trained")
-    options.add_memory_check(parser)
+    options.add_opening(parser)
     cli_sampling.add_sampling(parser)
 
 

@@ -336,8 +336,13 @@ def add_session(
     add_profile(group)
 
 
-def add_memory_check(parser: argparse.ArgumentParser) -> None:
-    """Whether what does not fit into the memory is refused."""
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """How `open_session` opens one."""
+    parser.add_argument(
+        "--pin-threads",
+        action="store_true",
+        help="keep each thread but the first on one processor (Linux)",
+    )
     parser.add_argument(
         "--no-memory-check",
         action="store_true",
@@ -349,7 +354,11 @@ def open_session(args: argparse.Namespace, model: Model, n_ctx: int) -> Session:
     """A session of so many tokens; its refusal says how to insist."""
     try:
         with checked():
-            return model.session(n_ctx=n_ctx, memory_check=not args.no_memory_check)
+            return model.session(
+                n_ctx=n_ctx,
+                memory_check=not args.no_memory_check,
+                pin_threads=args.pin_threads,
+            )
     except MemoryLimitError as error:
         if args.no_memory_check:
             raise

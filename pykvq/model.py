@@ -117,6 +117,7 @@ class Model(Closing):
         asymkv_layers: tuple[int, int] | None = None,
         profile: str | os.PathLike[str] | Literal[False] | None = None,
         memory_check: bool = True,
+        pin_threads: bool = False,
         header_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -144,6 +145,8 @@ class Model(Closing):
                 file, else one that comes with pykvq for this model, if any; False for none.
             memory_check: Whether a session is refused that does not fit into the memory with the
                 weights; False opens it as long as the system grants the memory.
+            pin_threads: Whether each thread of a session but the caller's stays on one processor;
+                where the system has no call for it, sessions are refused.
             header_only: Whether the file may end behind its header. A model without weights
                 (`has_weights`) can be asked what it is and plan sessions, but open none.
             progress: Told how far downloads and long prompts are.
@@ -173,6 +176,7 @@ class Model(Closing):
             "kv_topk": kv_topk,
             "asymkv_layers": asymkv_layers,
             "memory_check": memory_check,
+            "pin_threads": pin_threads,
             "progress": progress,
         }
         self._profile: Path | Literal[False] | None = None
@@ -345,6 +349,7 @@ class Model(Closing):
         kv_topk: int | None = None,
         asymkv_layers: tuple[int, int] | None = None,
         memory_check: bool | None = None,
+        pin_threads: bool | None = None,
         progress: Progress | None = None,
     ) -> Session:
         """Opens a session: an empty timeline of tokens with a KV cache of its own.
@@ -370,6 +375,7 @@ class Model(Closing):
             "kv_topk": kv_topk,
             "asymkv_layers": asymkv_layers,
             "memory_check": memory_check,
+            "pin_threads": pin_threads,
             "progress": progress,
         }
         options = self._session_options(given)

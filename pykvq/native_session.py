@@ -162,6 +162,7 @@ class _Options:
         l_k: int = -1,
         l_v: int = -1,
         memory_check: bool = True,
+        pin_threads: bool = False,
     ) -> None:
         self._name = ffi.new("char[]", scheme.encode())
         self.profile = profile
@@ -180,6 +181,7 @@ class _Options:
                 "l_k": l_k,
                 "l_v": l_v,
                 "no_memory_check": not memory_check,
+                "pin_threads": pin_threads,
             },
         )
 

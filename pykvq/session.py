@@ -61,6 +61,7 @@ def core_options(
     kv_topk: int | None,
     asymkv_layers: tuple[int, int] | None,
     memory_check: bool = True,
+    pin_threads: bool = False,
 ) -> dict[str, Any]:
     """The options of `Model.session`, checked, as `SessionHandle` takes them."""
     native.scheme_named(kv)
@@ -78,6 +79,7 @@ def core_options(
         "l_k": l_k,
         "l_v": l_v,
         "memory_check": memory_check,
+        "pin_threads": pin_threads,
     }
 
 

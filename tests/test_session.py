@@ -501,3 +501,13 @@ def test_call_passes_exceptions_on_and_works_in_any_thread() -> None:
     thread.start()
     thread.join()
     assert seen == ["pykvq-helper", "other"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are pinned on Linux alone")
+def test_pinned_threads_change_no_result(tiny: Model, random_tokens: list[int]) -> None:
+    with (
+        tiny.session(n_threads=3) as free,
+        tiny.session(n_threads=3, pin_threads=True) as pinned,
+    ):
+        expected, found = free.eval(random_tokens[:40]), pinned.eval(random_tokens[:40])
+        np.testing.assert_array_equal(found, expected)

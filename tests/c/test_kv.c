@@ -204,7 +204,7 @@ static const kvq_turns *make_turns(int sinks) {
 static const char *open_bench(bench *b, const char *scheme, int n_batch, int n_threads) {
     memset(b, 0, sizeof *b);
     if (kvq_isa_choose(&b->a.isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
-    if (kvq_pool_open(&b->a.pool, n_threads) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    if (kvq_pool_open(&b->a.pool, n_threads, false) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
     const char *const broken = make_tracks(b->tracks, scheme, A_KV_HEADS, A_D);
     if (broken) return broken;
     kvq_arena kv = {0}, scratch = {0};

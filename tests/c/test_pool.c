@@ -4,7 +4,14 @@
 #include "pool.h"
 #include "test.h"
 
-enum { MOST = 3000 };
+enum {
+    MOST = 3000,
+#if defined(__linux__)
+    PINS = 1 /* threads to processors */
+#else
+    PINS = 0
+#endif
+};
 
 static atomic_int runs[MOST];
 static atomic_int bad_workers;
@@ -16,17 +23,19 @@ static void count_run(void *context, int task, int worker) {
 
 static const char *tasks_run_once(void) {
     static const int threads[] = {1, 2, 3, 8};
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 8; k++) {
         kvq_pool *pool;
-        if (kvq_pool_open(&pool, threads[k]) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
-        for (int job = 0; job < 2000; job++) {
+        const bool pin = PINS && k >= 4;
+        if (kvq_pool_open(&pool, threads[k % 4], pin) != KVQ_OK)
+            return TEST_FAIL("%s", kvq_error());
+        for (int job = 0; job < 1000; job++) {
             const int n = job % 50 == 49 ? MOST : job % 17;
             for (int i = 0; i < MOST; i++) atomic_store(&runs[i], 0);
             kvq_pool_run(pool, n, count_run, pool);
             for (int i = 0; i < MOST; i++) {
                 if (atomic_load(&runs[i]) != (i < n)) {
-                    return TEST_FAIL("%d threads, job %d: task %d of %d ran %d times", threads[k],
-                                     job, i, n, atomic_load(&runs[i]));
+                    return TEST_FAIL("%d threads, job %d: task %d of %d ran %d times",
+                                     threads[k % 4], job, i, n, atomic_load(&runs[i]));
                 }
             }
         }
