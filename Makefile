@@ -22,7 +22,7 @@ FUZZ_TARGETS = gguf profile
 
 .PHONY: help setup run test lib ext pull test-c test-py sanitize fuzz fuzz-libfuzzer lint format \
         $(FUZZ_TARGETS:%=fuzz-%) $(FUZZ_TARGETS:%=fuzz-libfuzzer-%) \
-        bench-weights bench-kv quality speed accuracy tables clean
+        bench-weights bench-kv quality speed speed-large speed-others fast-path accuracy tables plots clean
 help: ## print this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -166,12 +166,37 @@ speed: ext ## measure speed by depth beside llama.cpp, on both models (needs lla
 	$(PY) bench/speed.py smollm2 --depths 0,2048,8192
 	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,2048,8192,32768 --fill
 
+$(BUILD)/7b-shape.gguf: models/make_7b_shape.py $(VENV)/.ready
+	@mkdir -p $(@D)
+	$(PY) $< $@
+
+speed-large: ext $(BUILD)/7b-shape.gguf ## the same with random weights in the shape of a 7B model (4.1 GB in build/)
+	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --kv skvq --prompt 256 --generate 8 --repetitions 3 \
+		--depths 0,8192,32768 --fill
+	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --alone --kv skvq --prompt 0 --generate 8 --repetitions 3 \
+		--depths 0,1000000 --fill
+
+speed-others: ext ## measure steps beside a busy process and with many threads, and start-up
+	$(PY) bench/contention.py smollm2
+	$(PY) bench/startup.py smollm2
+
+fast-path: ext ## measure how near the fast kernels are to the reference (needs PYKVQ_DATA; a quarter of an hour)
+	$(PY) bench/fast_path.py smollm2
+	$(PY) bench/fast_path.py qwen2.5-coder-0.5b
+
 accuracy: ext ## measure how near the logits are to float32, ours and llama.cpp's (needs PYKVQ_DATA)
 	$(PY) bench/accuracy.py smollm2
 	$(PY) bench/accuracy.py qwen2.5-coder-0.5b
 
 tables: ext ## write the generated tables of README.md and docs/
 	$(PY) docs/make_tables.py
+
+$(VENV)/.ready-plot: $(VENV)/.ready
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[plot]'
+	@touch $@
+
+plots: ext $(VENV)/.ready-plot ## draw the plots of docs/images
+	$(PY) docs/make_plots.py
 
 clean: ## remove what was built (the virtual environment and the models stay)
 	rm -rf $(BUILD) dist *.egg-info $(EXTENSION) pykvq/_native.c

@@ -13,19 +13,13 @@ bench/results/ablations-MODEL.json, from which `make tables` fills pages of docs
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from codec_parts import (
     BLOCK,
-    ROOT,
     BlockMean,
     Calibrated,
     Core,
@@ -37,6 +31,7 @@ from codec_parts import (
     water_filled,
     widths_of,
 )
+from records import data_folder, model_slug, provenance, save
 
 import pykvq
 from pykvq.calibrate import QUERY_POWER, key_basis, profile_of, typical
@@ -44,7 +39,7 @@ from pykvq.eval import quantizers
 from pykvq.eval.codecs import Codec, Exact
 from pykvq.eval.frames import Hadamard, TokenNorm
 from pykvq.eval.quantizers import Array
-from pykvq.eval.record import Json, processor
+from pykvq.eval.record import Json
 from pykvq.eval.simulations import Pair
 from pykvq.eval.streaming import FloatColumn, Lockstep, cut_chunks
 from pykvq.eval.tasks_text import divergence_statistics
@@ -194,8 +189,7 @@ def main() -> None:
     parser.add_argument("--text", default="wiki.train.excerpt.txt", help="of $PYKVQ_DATA/text")
     parser.add_argument("--chunks", type=int, default=8)
     args = parser.parse_args()
-    data = Path(os.environ.get("PYKVQ_DATA") or ROOT / "../shared/data")
-    text = (data / "text" / args.text).read_text(encoding="utf-8")
+    text = (data_folder() / "text" / args.text).read_text(encoding="utf-8")
     with pykvq.Model(args.model) as model:
         ids = np.asarray(model.tokenize(text), np.int32)
         if len(ids) < CALIBRATION + args.chunks * N_CTX or args.chunks < 1:
@@ -208,10 +202,7 @@ def main() -> None:
         chunks = cut_chunks(model, ids, N_CTX)[-args.chunks :]
         record = {
             "what": "KL(f16 || variant) in nats in streaming order, one side quantized",
-            "command": f"python bench/ablations.py {' '.join(sys.argv[1:])}",
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{processor()}, {os.cpu_count()} cores",
-            "version": pykvq.__version__,
+            **provenance(),
             "model": model.info.name,
             "text": args.text,
             "n_ctx": N_CTX,
@@ -221,10 +212,7 @@ def main() -> None:
             "normal_errors": normal_errors(),
             "results": measure(model, chunks, variants(model, moments)),
         }
-    name = Path(args.model).name.removesuffix(".gguf")
-    path = ROOT / "bench" / "results" / f"ablations-{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    print(save(f"ablations-{model_slug(args.model)}", record))
 
 
 if __name__ == "__main__":

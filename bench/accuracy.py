@@ -9,15 +9,10 @@ is taken over the 64 likeliest tokens, the rest as one bin, in nats, averaged ov
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from quality import RESULTS, ROOT, processor
+from records import data_folder, provenance, save
 
 import pykvq
 from pykvq.catalogue import resolve
@@ -47,14 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", choices=GOLDEN)
     name = parser.parse_args().model
-    data = Path(os.environ.get("PYKVQ_DATA") or ROOT / "../shared/data")
     path = resolve(name)
     try:
         import llama_cpp
     except ImportError:
         llama_cpp = None
     results = []
-    with np.load(data / "golden" / GOLDEN[name]) as golden:
+    with np.load(data_folder() / "golden" / GOLDEN[name]) as golden:
         for text in ("wiki", "novel", "code", "multilingual"):
             tokens = golden[f"{text}.ids"].astype(np.int32)
             ids = golden[f"{text}.top_ids"].astype(np.int64)
@@ -72,15 +66,10 @@ def main() -> None:
             results.append(row)
     record = {
         "what": "f16 cache against float32 golden logits",
-        "command": f"python bench/accuracy.py {' '.join(sys.argv[1:])}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "version": pykvq.__version__,
+        **provenance(),
         "results": results,
     }
-    path = RESULTS / f"accuracy-{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path, flush=True)
+    print(save(f"accuracy-{name}", record), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,10 @@ in the processor's cache, so arithmetic only, all in one run.
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
 import subprocess
-from pathlib import Path
 
-from pykvq.eval.record import processor
-
-ROOT = Path(__file__).resolve().parents[1]
+from records import ROOT, provenance, save
 
 
 def main() -> None:
@@ -27,14 +22,11 @@ def main() -> None:
     found = json.loads(run.stdout)
     record = {
         "what": "ns per token and KV head",
+        **provenance(),
         "command": "make bench-kv",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
         **found,
     }
-    path = ROOT / "bench" / "results" / f"kernels-{found['isa']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    print(save(f"kernels-{found['isa']}", record))
 
 
 if __name__ == "__main__":

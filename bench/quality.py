@@ -15,10 +15,10 @@ schemes are calibrated on WikiText-2 train.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
 from pathlib import Path
+
+from records import RESULTS, command, data_folder, model_slug
 
 import pykvq
 from pykvq.cli import EXIT_INTERRUPTED
@@ -28,12 +28,8 @@ from pykvq.eval import report
 from pykvq.eval.harness import Text, evaluate
 from pykvq.eval.lanes import usable_names
 from pykvq.eval.options import TASKS, Options
-from pykvq.eval.record import Json, Record, processor
+from pykvq.eval.record import Json, Record
 
-__all__ = ["RESULTS", "ROOT", "processor"]
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 CALIBRATION = "wiki.train.excerpt.txt"
 
 #: What the tables of docs/ show of `auto`, beside its own budget.
@@ -79,8 +75,7 @@ def main() -> int:
     parser.add_argument("--own-setting", action="store_true", help="each paper's sinks and window")
     args = parser.parse_args()
 
-    texts = Path(os.environ.get("PYKVQ_DATA") or ROOT / "../shared/data") / "text"
-    name = Path(args.model).name.removesuffix(".gguf")
+    texts, name = data_folder() / "text", model_slug(args.model)
     kind = "eval-own" if args.own_setting else "eval"
     text = texts / args.text if (texts / args.text).exists() else Path(args.text)
     record = Record(RESULTS / f"{kind}-{name}-{text.name.partition('.')[0]}.json")
@@ -100,7 +95,7 @@ def main() -> int:
                 record,
                 options,
                 calibration=_text(texts / CALIBRATION),
-                command=_command(),
+                command=command(),
                 progress=progress,
                 announce=announce,
             )
@@ -113,12 +108,6 @@ def main() -> int:
 
 def _text(path: Path) -> Text:
     return Text(path.name, path.read_text(encoding="utf-8"))
-
-
-def _command() -> str:
-    """The command line of this process; what is private to this machine left out of paths."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "bench/quality.py", *words])
 
 
 if __name__ == "__main__":

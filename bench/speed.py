@@ -2,38 +2,24 @@
 
     python bench/speed.py smollm2
     python bench/speed.py /tmp/7b-shape.gguf --depths 0,8192,32768 --prompt 256 --fill
+    python bench/speed.py /tmp/7b-shape.gguf --alone --depths 0,1000000 --prompt 0 --fill
 
-Runs what `pykvq bench --peer llama.cpp` runs and writes bench/results/speed-MODEL-MACHINE.json.
-llama.cpp is `llama-cpp-python` (extra `oracle`), which should be compiled on this machine, so that
-it uses all that the processor has: `pip install --no-binary llama-cpp-python llama-cpp-python`.
+Runs what `pykvq bench --peer llama.cpp` runs and writes bench/results/speed-MODEL-MACHINE.json;
+with --alone without llama.cpp, to bench/results/speed-alone-MODEL-MACHINE.json. llama.cpp is
+`llama-cpp-python` (extra `oracle`), which should be compiled on this machine, so that it uses all
+that the processor has: `pip install --no-binary llama-cpp-python llama-cpp-python`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import sys
-from pathlib import Path
+
+from records import command, machine_slug, model_slug, numbers, save
 
 import pykvq
 from pykvq.bench import harness, report
 from pykvq.bench.options import FILL_FROM, Options
 from pykvq.console import ProgressBar
-from pykvq.eval.record import processor
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers divided by commas."""
-    return [int(word) for word in text.split(",")]
-
-
-def machine_slug() -> str:
-    """The processor and its cores as a part of a file's name: "amd-epyc-2"."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {os.cpu_count()}".lower()).strip("-")
 
 
 def main() -> None:
@@ -49,6 +35,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--fill", action="store_true", help="repeat keys and values")
+    parser.add_argument("--alone", action="store_true", help="without llama.cpp")
     args = parser.parse_args()
     options = Options(
         kv=args.kv.split(","),
@@ -58,21 +45,19 @@ def main() -> None:
         repetitions=args.repetitions,
         n_threads=args.threads,
         fill_from=FILL_FROM if args.fill else None,
-        peer="llama.cpp",
+        peer=None if args.alone else "llama.cpp",
         peer_kv=args.peer_kv.split(","),
     )
-    name = Path(args.model).name.removesuffix(".gguf")
-    words = [name if word == args.model else word for word in sys.argv[1:]]
     with pykvq.Model(args.model) as model, ProgressBar() as progress:
         record = harness.run(
             model,
             options,
-            command=f"python bench/speed.py {' '.join(words)}",
+            command=command(),
             progress=progress,
             announce=lambda result: print(report.line(result), flush=True),
         )
-    path = RESULTS / f"speed-{name}-{machine_slug()}.json"
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    kind = "speed-alone" if args.alone else "speed"
+    path = save(f"{kind}-{model_slug(args.model)}-{machine_slug()}", record)
     print(report.render(record, "md"))
     print(path)
 

@@ -9,20 +9,13 @@ the text in $PYKVQ_DATA. Writes bench/results/topk-MODEL.json.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
+from records import Json, data_folder, model_slug, numbers, provenance, save
 
 import pykvq
-from pykvq.eval.record import processor
 from pykvq.eval.streaming import cut_chunks, divergence
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -30,14 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a name of the catalogue or a GGUF file")
     parser.add_argument("--kv", default="svdq")
-    parser.add_argument("--topk", default="0,512,256,128,64", help="tokens; 0: all")
+    parser.add_argument("--topk", type=numbers, default=[0, 512, 256, 128, 64], help="0: all")
     parser.add_argument("--chunks", type=int, default=2)
     parser.add_argument("--ctx-size", type=int, default=2048)
     parser.add_argument("--text", default="wiki.test.raw", help="a file of $PYKVQ_DATA/text")
     args = parser.parse_args()
-    data = Path(os.environ.get("PYKVQ_DATA") or ROOT / "../shared/data")
-    text = (data / "text" / args.text).read_text(encoding="utf-8")
-    n_ctx, tops = args.ctx_size, [int(n) for n in args.topk.split(",")]
+    text = (data_folder() / "text" / args.text).read_text(encoding="utf-8")
+    n_ctx, tops = args.ctx_size, args.topk
     with pykvq.Model(args.model, n_ctx=n_ctx) as model, ExitStack() as stack:
         chunks = cut_chunks(model, model.tokenize(text), n_ctx)[: args.chunks]
         exact = stack.enter_context(model.session(kv="f16"))
@@ -54,11 +46,9 @@ def main() -> None:
                     if wanted:
                         found.append(float(divergence(logits, got)[0]))
         read = [(s.stats.bytes_step_k, s.stats.bytes_step_v) for s in (exact, *tried)]
-        record = {
+        record: Json = {
             "what": "KL(f16 || scheme) in nats, token by token; bytes read by the last token",
-            "command": f"python bench/topk.py {' '.join(sys.argv[1:])}",
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{processor()}, {os.cpu_count()} cores",
+            **provenance(),
             "model": model.info.name,
             "text": args.text,
             "n_ctx": n_ctx,
@@ -70,11 +60,9 @@ def main() -> None:
                 for n, k, b in zip(tops, kld, read[1:], strict=True)
             ],
         }
-    path = ROOT / "bench" / "results" / f"topk-{Path(args.model).name.removesuffix('.gguf')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    for row in record["results"]:  # type: ignore[attr-defined]
+    for row in record["results"]:
         print(row)
-    print(path)
+    print(save(f"topk-{model_slug(args.model)}", record))
 
 
 if __name__ == "__main__":

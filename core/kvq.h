@@ -180,10 +180,10 @@ kvq_status kvq_scheme_describe(int32_t index, int32_t d_head, kvq_scheme_info *o
 typedef struct kvq_session_options {
     const char *scheme; /* NULL: "skvq" */
     int32_t n_ctx; /* tokens that the cache holds; 0: the smaller of the trained context and 4096 */
-    int32_t n_batch;            /* tokens per pass through the layers; 0: 512 */
-    int32_t n_threads;          /* 0: the number of online processors */
-    int32_t sinks;              /* first tokens kept in f16; -1: the scheme's default */
-    int32_t window;             /* last tokens kept in f16; -1: the scheme's default */
+    int32_t n_batch;   /* tokens per pass through the layers; 0: 512 */
+    int32_t n_threads; /* 0: one per processor that the process may use; never more than that */
+    int32_t sinks;     /* first tokens kept in f16; -1: the scheme's default */
+    int32_t window;    /* last tokens kept in f16; -1: the scheme's default */
     const kvq_profile *profile; /* NULL: none */
     double kv_bits; /* that schemes with a plan aim at, per element; 0: the scheme's default */
     /* asymkv: how many layers, from the first, have the higher bits for keys and for values; -1:
@@ -195,8 +195,8 @@ typedef struct kvq_session_options {
      * blocks keep a mean. */
     int32_t kv_topk;
     int32_t no_memory_check; /* 1: open a session even if it does not fit into the memory */
-    /* 1: each thread but the caller's stays on one processor (KVQ_ERR_UNSUPPORTED where the system
-     * has no call for it). */
+    /* 1: each thread but the caller's stays on one processor: the n-th on the n-th that the process
+     * may use, in every session alike. KVQ_ERR_UNSUPPORTED where the system has no call for it. */
     int32_t pin_threads;
 } kvq_session_options;
 

@@ -90,6 +90,7 @@ kvq_status kvq_machine_measure(kvq_machine_limits *out, int32_t n_threads, uint6
     if (n_threads < 1 || n_threads > 1024) {
         return kvq_fail(KVQ_ERR_ARGUMENT, "n_threads is %d, expected 1 to 1024.", n_threads);
     }
+    if (n_threads > kvq_cpu_count()) n_threads = kvq_cpu_count(); /* as of sessions */
     kvq_status status = check_buffer(n_bytes);
     if (status == KVQ_OK) status = kvq_isa_choose(&isa);
     if (status == KVQ_OK) status = kvq_pool_open(&pool, n_threads, false);

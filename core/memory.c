@@ -128,7 +128,8 @@ static uint64_t otherwise(void) {
     GlobalMemoryStatusEx(&status);
     return status.ullAvailPhys;
 #else
-    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page > 0 ? (uint64_t)pages * (uint64_t)page : UINT64_MAX;
 #endif
 }
 

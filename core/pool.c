@@ -11,10 +11,10 @@
  * late one can take nothing of a job that it did not read; and a job's function and context change
  * only after its last task is done.
  *
- * Threads beyond the processors there are would only take these from each other: they sleep. Where
- * other programs leave a worker none, the system may take it off in the middle of a task, for
- * milliseconds in which all others wait. When that happens, half of the threads are left out for a
- * while, twice as long each time that it happens again.
+ * Where other programs leave a worker no processor, the system may take it off in the middle of a
+ * task, for milliseconds in which all others wait. When that happens, some threads are left out for
+ * a while, twice as long each time that it happens again. (A page fault that waits for the disk
+ * looks alike; nothing is lost by it but a few milliseconds of a thread.)
  */
 #include "pool.h"
 
@@ -35,15 +35,13 @@
 
 enum {
     SPINS = 4000,
-    STACK_BYTES = 2
-        << 20, /* the reference decodes a block on the stack; some systems give 128 KiB */
-};
-
-enum {                           /* nanoseconds */
-       STALL_NS = 100000,        /* a wait of so long, and */
-       STALL_RATIO = 2,          /* so many times what came before it, is a stall */
-       LEAST_PAUSE_NS = 8000000, /* of threads that are left out */
-       MOST_PAUSE_NS = 256000000,
+    STACK_BYTES = 2 << 20, /* the reference decodes a block on the stack */
+    MOST_IN_JOB = (1 << 20) - 1,
+    JOBS = 1 << 24,
+    STALL_NS = 100000,        /* a wait of so many nanoseconds, and */
+    STALL_RATIO = 2,          /* so many times what came before it, is a stall */
+    LEAST_PAUSE_NS = 8000000, /* of threads that are left out */
+    MOST_PAUSE_NS = 256000000,
 };
 
 /* One thread; the caller's is the first. */
@@ -61,12 +59,12 @@ struct kvq_pool {
     _Alignas(KVQ_ALIGN) kvq_task_fn *run;
     void *context;
 
-    int most_active;   /* threads for which there are processors */
     atomic_int active; /* threads that take part: those of the lowest numbers */
-    uint64_t called_at, call_at,
-        pause; /* when their number rose last, may rise; for how long not */
+    /* When all were called last, when they may be again, and how long the next ones are left out:
+     * the caller's. */
+    uint64_t called_at, call_at, pause;
 
-    pthread_mutex_t lock; /* for sleeping only */
+    _Alignas(KVQ_ALIGN) pthread_mutex_t lock; /* for sleeping only */
     pthread_cond_t job_posted, job_done, called;
     atomic_bool closing;
     bool pin;
@@ -75,13 +73,11 @@ struct kvq_pool {
     worker workers[];
 };
 
-enum { MOST_TASKS = (1 << 20) - 1, JOBS = 1 << 24 };
-
 static uint64_t share_of(uint32_t job, uint32_t next, uint32_t end) {
     return (uint64_t)job << 40 | (uint64_t)end << 20 | next;
 }
-static uint32_t end_of(uint64_t share) { return (uint32_t)(share >> 20) & MOST_TASKS; }
-static uint32_t next_of(uint64_t share) { return (uint32_t)share & MOST_TASKS; }
+static uint32_t end_of(uint64_t share) { return (uint32_t)(share >> 20) & MOST_IN_JOB; }
+static uint32_t next_of(uint64_t share) { return (uint32_t)share & MOST_IN_JOB; }
 
 /* Takes the next task of a share, or its last one; false if none is left. */
 static bool take(worker *from, bool last, uint32_t *task) {
@@ -105,7 +101,7 @@ static void work(kvq_pool *pool, int number) {
         worker *const from = &pool->workers[(number + i) % n];
         for (uint32_t task; is_active(pool, number) && take(from, i > 0, &task);) {
             pool->run(pool->context, (int)task, number);
-            if (atomic_fetch_sub(&pool->unfinished, 1) == 1) {
+            if (atomic_fetch_sub(&pool->unfinished, 1) == 1 && number > 0) { /* 0 waits for it */
                 pthread_mutex_lock(&pool->lock);
                 pthread_cond_signal(&pool->job_done);
                 pthread_mutex_unlock(&pool->lock);
@@ -157,7 +153,7 @@ static void *worker_main(void *argument) {
         uint32_t job = atomic_load(&pool->job);
         for (int i = 0; i < SPINS && job == seen && is_active(pool, self->number); i++) {
             cpu_relax();
-            job = atomic_load_explicit(&pool->job, memory_order_relaxed);
+            job = atomic_load_explicit(&pool->job, memory_order_acquire);
         }
         if (job == seen || !is_active(pool, self->number)) {
             job = sleep_until_called(pool, self->number, seen);
@@ -168,48 +164,47 @@ static void *worker_main(void *argument) {
     }
 }
 
-/* Before a job: twice as many threads, if some have been left out for long enough. */
-static void call_more(kvq_pool *pool, uint64_t now) {
-    const int active = atomic_load(&pool->active);
-    if (active == pool->most_active || now < pool->call_at) return;
+/* Before a job: calls those who have been left out for long enough. */
+static void call_all(kvq_pool *pool, uint64_t now) {
+    if (atomic_load(&pool->active) == pool->n_threads || now < pool->call_at) return;
     pthread_mutex_lock(&pool->lock); /* or a worker about to sleep could miss it */
-    atomic_store(&pool->active, active > pool->most_active / 2 ? pool->most_active : 2 * active);
+    atomic_store(&pool->active, pool->n_threads);
     pthread_cond_broadcast(&pool->called);
     pthread_mutex_unlock(&pool->lock);
     pool->called_at = now;
 }
 
-/* After a stall: half as many. */
+/* After a stall: an eighth of those who take part. */
 static void leave_out(kvq_pool *pool, uint64_t now) {
+    const int active = atomic_load(&pool->active), fewer = active / 8 > 0 ? active / 8 : 1;
     const bool again = now - pool->called_at < MOST_PAUSE_NS;
     const uint64_t longer = 2 * pool->pause < MOST_PAUSE_NS ? 2 * pool->pause : MOST_PAUSE_NS;
+    if (active == 1) return;
     pool->pause = again ? longer : LEAST_PAUSE_NS;
     pool->call_at = now + pool->pause;
-    atomic_store(&pool->active, (atomic_load(&pool->active) + 1) / 2);
+    atomic_store(&pool->active, active - fewer);
 }
 
-/* Waits for tasks that others have taken; begun: when the job was posted. */
-static void wait_for_others(kvq_pool *pool, uint64_t begun) {
+/* Waits for tasks that others have taken; returns for how many nanoseconds, 0 if they were done
+ * soon. */
+static uint64_t wait_for_others(kvq_pool *pool) {
     for (int i = 0; i < SPINS && atomic_load(&pool->unfinished) > 0; i++) cpu_relax();
-    if (atomic_load(&pool->unfinished) == 0) return;
+    if (atomic_load(&pool->unfinished) == 0) return 0;
     const uint64_t slept = kvq_now_ns();
     pthread_mutex_lock(&pool->lock);
     while (atomic_load(&pool->unfinished) > 0) pthread_cond_wait(&pool->job_done, &pool->lock);
     pthread_mutex_unlock(&pool->lock);
-    const uint64_t woke = kvq_now_ns();
-    if (woke - slept > STALL_NS && woke - slept > STALL_RATIO * (slept - begun)) {
-        leave_out(pool, woke);
-    }
+    return kvq_now_ns() - slept;
 }
 
 void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context) {
     if (n_tasks <= 0) return;
-    if (n_tasks == 1 || pool->most_active == 1 || n_tasks > MOST_TASKS) {
+    if (n_tasks == 1 || pool->n_threads == 1 || n_tasks > MOST_IN_JOB) {
         for (int task = 0; task < n_tasks; task++) run(context, task, 0);
         return;
     }
-    const uint64_t now = kvq_now_ns();
-    call_more(pool, now);
+    const uint64_t begun = kvq_now_ns();
+    call_all(pool, begun);
     const uint32_t job = (atomic_load(&pool->job) + 1) % JOBS;
     const uint64_t n = (uint64_t)n_tasks, active = (uint64_t)atomic_load(&pool->active);
     pool->run = run;
@@ -224,7 +219,12 @@ void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context) 
     pthread_cond_broadcast(&pool->job_posted);
     pthread_mutex_unlock(&pool->lock);
     work(pool, 0);
-    wait_for_others(pool, now);
+    const uint64_t waited = wait_for_others(pool);
+    /* With few tasks a thread may have had none, and waited for good reason. */
+    if (waited > STALL_NS && n >= 2 * active) {
+        const uint64_t end = kvq_now_ns();
+        if (waited > STALL_RATIO * (end - waited - begun)) leave_out(pool, end);
+    }
 }
 
 int kvq_pool_threads(const kvq_pool *pool) { return pool->n_threads; }
@@ -239,9 +239,7 @@ kvq_status kvq_pool_open(kvq_pool **out, int n_threads, bool pin) {
     pool->n_threads = n_threads;
     pool->pin = pin;
     pool->pause = LEAST_PAUSE_NS;
-    const int processors = kvq_cpu_count();
-    pool->most_active = n_threads < processors ? n_threads : processors;
-    atomic_store(&pool->active, pool->most_active);
+    atomic_store(&pool->active, n_threads);
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);

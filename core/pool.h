@@ -13,11 +13,11 @@ typedef void kvq_task_fn(void *context, int task, int worker); /* worker: 0 .. n
 /* The caller's thread is one of n_threads. pin: each of the others stays on one processor;
  * KVQ_ERR_UNSUPPORTED where they cannot. */
 kvq_status kvq_pool_open(kvq_pool **out, int n_threads, bool pin);
-void kvq_pool_close(kvq_pool *pool);                     /* takes NULL */
+void kvq_pool_close(kvq_pool *pool); /* takes NULL */
 int kvq_pool_threads(const kvq_pool *pool);
 
 /* Runs tasks 0 .. n_tasks - 1 and returns when all are done. One caller at a time.
- * (A job of more than 2^20 tasks runs on the caller's thread alone.) */
+ * (A job of 2^20 tasks or more runs on the caller's thread alone.) */
 void kvq_pool_run(kvq_pool *pool, int n_tasks, kvq_task_fn *run, void *context);
 
 #endif

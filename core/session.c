@@ -197,9 +197,10 @@ static kvq_status read_options(kvq_session *s, const kvq_session_options *o) {
     status = choose("n_batch", o->n_batch, 0, 512, 1, 65536, &s->most_batch);
     if (status != KVQ_OK) return status;
     set_context(s, n_ctx);
-    status = choose("n_threads", o->n_threads, 0, smaller(kvq_cpu_count(), MOST_THREADS), 1,
-                    MOST_THREADS, &s->n_threads);
+    const int processors = smaller(kvq_cpu_count(), MOST_THREADS);
+    status = choose("n_threads", o->n_threads, 0, processors, 1, MOST_THREADS, &s->n_threads);
     if (status != KVQ_OK) return status;
+    s->n_threads = smaller(s->n_threads, processors);
     status = choose("sinks", o->sinks, -1, s->scheme->sinks, 0, 4096, &s->sinks);
     if (status != KVQ_OK) return status;
     status = choose("window", o->window, -1, s->scheme->window, 0, MOST_TOKENS, &s->window);

@@ -50,8 +50,8 @@ typedef struct kvq_activations {
 
 /* y[t * y_stride + r] = sum over c of w[r][c] * x[t][c] for n_rows rows that start at `w`, each of
  * n_cols / block * bytes bytes. The result for one token does not depend on n_tok. `ahead` is
- * memory that will be wanted next, most likely more rows, and is fetched meanwhile, never read;
- * or NULL. */
+ * memory that will be wanted next, most likely more rows; as much as a panel of rows is fetched
+ * from there meanwhile, never read. NULL: none. */
 typedef void kvq_matmul_fn(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
                            const uint8_t *ahead, const kvq_activations *x);
 

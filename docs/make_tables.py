@@ -8,14 +8,17 @@ written, and a table that is not what it should be is an error: the tests call i
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import speed_tables
+from markup import link_to, table
 
 import pykvq
 from pykvq.eval.simulations import SIMULATIONS
@@ -28,6 +31,7 @@ PAGES = (
     "docs/schemes/rivals.md",
     "docs/schemes/skvq.md",
     "docs/schemes/svdq.md",
+    "docs/speed.md",
 )
 RESULTS = ROOT / "bench" / "results"
 
@@ -66,12 +70,6 @@ CLAIMS: Mapping[str, str] = {
 }
 
 Json = dict[str, Any]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ---- what schemes are -----------------------------------------------------------------------
@@ -288,7 +286,7 @@ def _provenance(data: Json, found: Sequence[Mapping[str, Json]], path: Path, pag
     scored = [by_task["kl"]["tokens"] for by_task in found if "kl" in by_task]
     kl = data["settings"].get("kl", {})
     about = f" {kl['chunks']} chunks of {kl['n_ctx']} tokens, {scored[0]} scored;" if scored else ""
-    link = os.path.relpath(path, page.parent).replace(os.sep, "/")
+    link = link_to(path, page)
     return f"{about} {' and '.join(dates)}, {'; '.join(machines)} ([record]({link}))."
 
 
@@ -364,7 +362,7 @@ def ablations(family: str, page: Path) -> str:
         return NO_ABLATIONS
     about = []
     for title, (path, data) in found.items():
-        link = os.path.relpath(path, page.parent).replace(os.sep, "/")
+        link = link_to(path, page)
         about.append(
             f"**{title}**: {data['chunks']} chunks of {data['n_ctx']} tokens of {data['text']},"
             f" {data['scored']} scored; `{data['command']}`, {data['date']}, {data['machine']}"
@@ -422,6 +420,7 @@ def fill(text: str, page: Path) -> str:
         "measured-short": lambda: measured(
             SHORT, lambda name: name in CHOSEN or name.partition(":")[0] == "auto", page
         ),
+        **{name: functools.partial(make, page) for name, make in speed_tables.MAKERS.items()},
     }
     for name, make in makers.items():
         if _between(name).search(text):

@@ -8,7 +8,8 @@ The text already holds the special tokens, by their spelling: it is tokenized wi
 `parse_special=True`, and BOS is added only where the template has not written it. `encode_chat`
 does both. As everywhere else, a control token spelled out in a message becomes that token.
 
-Templates come with model files, from strangers: they run in `pykvq.template_sandbox`.
+Templates come with model files, from strangers: they run in `pykvq.template_sandbox`, which is
+imported with the first of them, since jinja2 takes its time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from pykvq.errors import ChatTemplateError
-from pykvq.template_sandbox import RefusalError, TemplateSandbox
 from pykvq.tokenizer import Tokenizer
 from pykvq.vocab import Metadata, is_encodable, require_string
 
@@ -47,6 +47,8 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the source is not text or not a valid template.
         """
+        from pykvq.template_sandbox import TemplateSandbox
+
         if not is_encodable(source):
             raise ChatTemplateError("The chat template holds bytes that are not UTF-8.")
         self.source = source
@@ -110,6 +112,8 @@ class ChatTemplate:
             ChatTemplateError: the template refuses the conversation, fails, or exceeds the
                 limits of `pykvq.template_sandbox`.
         """
+        from pykvq.template_sandbox import RefusalError
+
         variables: dict[str, object] = {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,

@@ -73,6 +73,15 @@ class _Version(argparse.Action):
 # ---- commands -------------------------------------------------------------------------------
 
 
+def _spare_threads() -> None:
+    """Before numpy is imported: keeps its OpenBLAS from starting threads.
+
+    Writing a text multiplies no matrices there, and starting them takes longer than the first token
+    of a small model (bench/startup.py).
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_prompt(parser)
@@ -86,6 +95,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    _spare_threads()
     from pykvq import cli_generate
 
     return cli_generate.run(args)
@@ -101,6 +111,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    _spare_threads()
     from pykvq import cli_generate
 
     return cli_generate.chat(args)

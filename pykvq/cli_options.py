@@ -201,7 +201,11 @@ def add_context(parser: argparse._ActionsContainer, default: str) -> None:
 def add_threads(parser: argparse._ActionsContainer) -> None:
     """The threads that share the work."""
     parser.add_argument(
-        "-t", "--threads", type=count(1), metavar="N", help="threads (default: one per processor)"
+        "-t",
+        "--threads",
+        type=count(1),
+        metavar="N",
+        help="threads (default, and most: one per processor)",
     )
 
 

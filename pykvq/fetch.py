@@ -7,21 +7,20 @@ by `pykvq.catalogue`.
     <cache>/model.gguf.parts/  what was fetched so far; a later call goes on from there
     <cache>/model.gguf.lock    held while fetching, so that a second process waits and then finds
                                the file, instead of fetching it as well
+
+Every use of a known model passes through here, so what only a download needs and takes long to
+import is imported by it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,12 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from filelock import FileLock, Timeout
-
 from pykvq.errors import DownloadError
 
 if TYPE_CHECKING:
     from _hashlib import HASH
+    from http.client import HTTPResponse
 
 __all__ = [
     "Artifact",
@@ -172,6 +170,8 @@ def _is_complete(final: Path, artifact: Artifact) -> bool:
 @contextlib.contextmanager
 def _locked(final: Path, progress: Progress | None) -> Iterator[None]:
     """Hold the lock of a file, telling when another process has to be waited for."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(f"{final}.lock")
     try:
         lock.acquire(timeout=0)
@@ -222,6 +222,8 @@ def _require_space(work: Path, artifact: Artifact) -> None:
 
 def _reason(error: BaseException) -> str:
     """The first line of an error as a part of a sentence."""
+    import urllib.error
+
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
         return _reason(error.reason)
     if isinstance(error, OSError) and error.strerror:
@@ -328,6 +330,8 @@ def _run(
     log: IO[str],
     poll: Callable[[], None],
 ) -> int:
+    import subprocess
+
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -394,6 +398,10 @@ class Url:
 
     def read_range(self, begin: int, end: int) -> bytes:
         """See `RemoteFile.read_range`."""
+        import http.client
+        import urllib.error
+        import urllib.request
+
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
         request = urllib.request.Request(self.url, headers=headers)
         try:
@@ -433,6 +441,9 @@ class Url:
         report: Callable[[int], None],
     ) -> HASH:
         """Append what is missing of the file; returns the digest of the whole."""
+        import http.client
+        import urllib.request
+
         request = urllib.request.Request(self.url, headers={"Accept-Encoding": "identity"})
         if n_done:
             request.add_header("Range", f"bytes={n_done}-")
@@ -461,7 +472,7 @@ class Url:
             )
         return digest
 
-    def _check_answer(self, response: http.client.HTTPResponse, n_done: int, n_bytes: int) -> None:
+    def _check_answer(self, response: HTTPResponse, n_done: int, n_bytes: int) -> None:
         length = response.headers.get("Content-Length")
         if length is not None and n_done + int(length) != n_bytes:
             raise DownloadError(
@@ -469,7 +480,7 @@ class Url:
             )
         self._check_range(response, n_done)
 
-    def _check_range(self, response: http.client.HTTPResponse, n_done: int) -> None:
+    def _check_range(self, response: HTTPResponse, n_done: int) -> None:
         begin = response.headers.get("Content-Range", f"bytes {n_done}-")
         if not begin.startswith(f"bytes {n_done}-"):
             raise DownloadError(

@@ -129,7 +129,7 @@ class Model(Closing):
             kv: KV cache scheme of sessions that name no other; see `pykvq.schemes`.
             n_ctx: Tokens that a session holds; by default the smaller of the context that the
                 model was trained on and 4096.
-            n_threads: Threads of a session; by default one per processor.
+            n_threads: Threads of a session; by default one per processor, and never more.
             n_batch: Tokens of a prompt that pass through the layers at once; by default 512.
             kv_window: Last tokens kept in f16; by default as the scheme says.
             kv_sinks: First tokens kept in f16; by default as the scheme says.
@@ -145,8 +145,9 @@ class Model(Closing):
                 file, else one that comes with pykvq for this model, if any; False for none.
             memory_check: Whether a session is refused that does not fit into the memory with the
                 weights; False opens it as long as the system grants the memory.
-            pin_threads: Whether each thread of a session but the caller's stays on one processor;
-                where the system has no call for it, sessions are refused.
+            pin_threads: Whether each thread of a session but the caller's stays on one processor,
+                the n-th on the n-th in every session; where the system has no call for it,
+                sessions are refused.
             header_only: Whether the file may end behind its header. A model without weights
                 (`has_weights`) can be asked what it is and plan sessions, but open none.
             progress: Told how far downloads and long prompts are.

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 import ablations
 import codec_parts as parts
 import make_tables
+import records
 
 TOKENS = [(7 * i * i + i) % 256 for i in range(512)]
 
@@ -221,7 +222,7 @@ def test_the_record_of_a_run_fills_the_tables(
     (tmp_path / "bench" / "results").mkdir(parents=True)
     monkeypatch.setenv("PYKVQ_DATA", str(tmp_path))
     command = ["ablations.py", str(tiny_path), "--text", "numbers.txt", "--chunks"]
-    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "bench" / "results")
     monkeypatch.setattr(ablations, "N_CTX", 448)
     monkeypatch.setattr(ablations, "CALIBRATION", 2048)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):

@@ -7,12 +7,12 @@
 
 /* ---- Hadamard ---------------------------------------------------------------------------- */
 
-/* The steps between lanes of a vector, up to those that are `most` apart. */
-BASIS_INLINE vf hadamard_lanes(vf a, int most) {
+/* The steps between lanes of a vector. */
+BASIS_INLINE vf hadamard_lanes(vf a) {
     a = vf_butterfly(a, 1);
     a = vf_butterfly(a, 2);
-    if (most >= 4 && VF_LANES > 4) a = vf_butterfly(a, 4 % VF_LANES);
-    if (most >= 8 && VF_LANES > 8) a = vf_butterfly(a, 8 % VF_LANES);
+    if (VF_LANES > 4) a = vf_butterfly(a, 4);
+    if (VF_LANES > 8) a = vf_butterfly(a, 8);
     return a;
 }
 
@@ -21,7 +21,7 @@ static void hadamard(float *x, int n, int d) {
     const vf norm = vf_set(1.0f / sqrtf((float)block));
     for (float *const end = x + (size_t)n * (size_t)d; x < end; x += block) {
         for (int c = 0; c < block; c += VF_LANES) {
-            vf_store(x + c, hadamard_lanes(vf_load(x + c), VF_LANES / 2));
+            vf_store(x + c, hadamard_lanes(vf_load(x + c)));
         }
         for (int half = VF_LANES; half < block; half *= 2) {
             for (int first = 0; first < block; first += 2 * half) {

@@ -10,6 +10,8 @@
 
 #include "base.h"
 
+struct kvq_isa;
+
 typedef enum kvq_basis_kind {
     KVQ_BASIS_identity,
     KVQ_BASIS_hadamard,
@@ -39,13 +41,10 @@ typedef void kvq_multiply_fn(float *x, const float *columns, int n, int d);
 kvq_multiply_fn kvq_multiply_reference;
 
 /* n vectors x[n][d] in place, d the padded width of a head; the same to the bit on every
- * instruction set. */
-struct kvq_isa;
+ * instruction set. Queries are those of keys in the basis; what is restored are values. */
 void kvq_basis_store(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n, int d);
-void kvq_basis_query(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n,
-                     int d); /* of keys */
-void kvq_basis_restore(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n,
-                       int d); /* of values */
+void kvq_basis_query(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n, int d);
+void kvq_basis_restore(const kvq_basis *basis, const struct kvq_isa *isa, float *x, int n, int d);
 
 const char *kvq_basis_name(kvq_basis_kind kind);
 

@@ -147,7 +147,8 @@ static void make_ladder(ladder *l, const kvq_track *track, const kvq_profile *p,
     }
 }
 
-/* Requires that n ladders have room for so many bits per element; `elements` of a block. */
+/* Requires that n ladders have room for so many bits per element; `elements` of a block of all of
+ * them. */
 static kvq_status check_budget(const ladder *ladders, int n, const kvq_plan_request *r, double bits,
                                double elements) {
     size_t least = 0, most = 0;

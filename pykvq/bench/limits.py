@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pykvq import native
+from pykvq.errors import KvqError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,10 +60,18 @@ def measure(n_threads: int | None, n_bytes: int = 0) -> Limits:
     Raises:
         ValueError: A number is out of range.
         MemoryLimitError: There is no memory for the buffer.
+        KvqError: The process that measures was killed.
+
+    Like all that starts processes anew, a script has to call it below `if __name__ == "__main__"`.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
-        return process.submit(measure_here, n_threads, n_bytes).result()
+    try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+            return process.submit(measure_here, n_threads, n_bytes).result()
+    except BrokenProcessPool as error:
+        raise KvqError(
+            "The process that measures the machine was killed, perhaps for want of memory."
+        ) from error
 
 
 def measure_here(n_threads: int | None, n_bytes: int = 0) -> Limits:
