@@ -16,6 +16,13 @@
 #include <unistd.h>
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "cpu.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -29,6 +36,25 @@ bool kvq_cpu_has_avx512(void) { /* the builtin asks the system too: does it save
     return kvq_cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+bool kvq_cpu_has_dotprod(void) {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+#elif defined(_WIN32)
+    enum { ARM_V82_DP_INSTRUCTIONS = 43 }; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE of newer SDKs */
+    return IsProcessorFeaturePresent(ARM_V82_DP_INSTRUCTIONS);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return true; /* the whole program is compiled for it */
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -55,6 +81,8 @@ static const kvq_isa *const best_first[] = {
 #if defined(__x86_64__) || defined(_M_X64)
     &kvq_isa_avx512,
     &kvq_isa_avx2,
+#elif defined(__aarch64__) || defined(_M_ARM64)
+    &kvq_isa_neon,
 #endif
     &kvq_isa_ref,
 };

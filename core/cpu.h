@@ -15,4 +15,7 @@ bool kvq_cpu_pin(int i);
 bool kvq_cpu_has_avx2(void);
 bool kvq_cpu_has_avx512(void);
 
+/* NEON's dot products of bytes (FEAT_DotProd); NEON itself every 64-bit ARM processor has. */
+bool kvq_cpu_has_dotprod(void);
+
 #endif

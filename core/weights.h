@@ -43,7 +43,7 @@ typedef struct kvq_activations {
     const float *x; /* [n_tok][n_cols] */
     size_t n_tok, n_cols;
     /* Filled by kvq_isa.quantize, per block of 32 columns (of the n_cols / 32 in a row): */
-    int16_t *q;   /* [n_tok][n_cols]       each four columns in the order 0, 2, 1, 3 */
+    int16_t *q;   /* [n_tok][n_cols]       each four columns as the set's products take them */
     float *scale; /* [n_tok][n_cols / 32]  x ~ scale * q; largest |q| = KVQ_ACTIVATION_MAX */
     float *sums;  /* [n_tok][n_cols / 32]  sum of q over the block, exact */
 } kvq_activations;

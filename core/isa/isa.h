@@ -2,8 +2,8 @@
  *
  * A NULL entry is that of the set `inherits` names, and in the end the reference (the kvq_run_*
  * functions below choose); only products that no scheme uses come to the reference. The best
- * supported set serves a session; the environment variable KVQ_ISA=ref|avx2|avx512 forces one when
- * the session is opened, and naming one that this build or processor lacks is an error.
+ * supported set serves a session; the environment variable KVQ_ISA=ref|avx2|avx512|neon forces one
+ * when the session is opened, and naming one that this build or processor lacks is an error.
  */
 #ifndef KVQ_ISA_H
 #define KVQ_ISA_H
@@ -43,6 +43,7 @@ typedef struct kvq_isa {
 extern const kvq_isa kvq_isa_ref; /* only softmax and swiglu, whose definitions it is */
 extern const kvq_isa kvq_isa_avx2;
 extern const kvq_isa kvq_isa_avx512;
+extern const kvq_isa kvq_isa_neon;
 
 /* The one that sessions use; KVQ_ERR_ARGUMENT if KVQ_ISA names none. */
 kvq_status kvq_isa_choose(const kvq_isa **out);

@@ -20,6 +20,7 @@
 #include "isa/kv_kernels_calibrated.inl"
 #include "isa/kv_kernels_levels.inl"
 #include "isa/peak_kernels.inl"
+#include "isa/weight_codes_i16.inl"
 #include "isa/weight_kernels.inl"
 
 const kvq_isa kvq_isa_avx2 = {

@@ -280,10 +280,9 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float
                             code[v][1] = vb_shr(packed[v], bits * j + bits, low);
                         }
                         KV_EACH(i, nq) {
-                            const int8_t *const q = u[i].q + c + 4 * j;
-                            const vb q0 = vi_set_lanes(q), q1 = vi_set_lanes(q + 4);
+                            const v8 q = v8_load(u[i].q + c + 4 * j);
                             KV_TOKENS(v) {
-                                sum[i][v] = vd_add(sum[i][v], code[v][0], q0, code[v][1], q1);
+                                sum[i][v] = vd_add(sum[i][v], code[v][0], code[v][1], q);
                             }
                         }
                     }
@@ -361,17 +360,15 @@ static __attribute__((noinline)) void weigh_tokens(token_weights *weights, const
 
 /* The points of the pairs at tokens t .. t + 7 and t + 8 .. t + 15, weighed into the sums of every
  * query. */
-KV_INLINE void c8_add(const int nq, vw *x, vw *y, vb code0, vb code1, const token_weights *weights,
+KV_INLINE void c8_add(const int nq, vp *x, vp *y, vb code0, vb code1, const token_weights *weights,
                       int t) {
     const vb x_of = vb_set8(kvq_c8_x), y_of = vb_set8(kvq_c8_y);
     const vb x0 = vb_lookup16(x_of, code0), x1 = vb_lookup16(x_of, code1);
     const vb y0 = vb_lookup16(y_of, code0), y1 = vb_lookup16(y_of, code1);
     KV_EACH(i, nq) {
-        const uint8_t *const high = weights[i].high + t, *const low = weights[i].low + t;
-        const vb high0 = vb_set8(high), high1 = vb_set8(high + 8);
-        const vb low0 = vb_set8(low), low1 = vb_set8(low + 8);
-        x[i] = vw_add(x[i], high0, low0, x0, high1, low1, x1);
-        y[i] = vw_add(y[i], high0, low0, y0, high1, low1, y1);
+        const v16 high = v16_load(weights[i].high + t), low = v16_load(weights[i].low + t);
+        x[i] = vp_add(x[i], high, low, x0, x1);
+        y[i] = vp_add(y[i], high, low, y0, y1);
     }
 }
 
@@ -386,18 +383,18 @@ KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint
         weigh_tokens(weights, p, nq, scales, unit);
         for (int c = first; c < first + group; c += VF_LANES) { /* half as many pairs */
             const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
-            vw x[KV_QUERIES], y[KV_QUERIES];
+            vp x[KV_QUERIES], y[KV_QUERIES];
             vb word[3];
             KV_READ_AGAIN();
-            KV_EACH(i, nq) x[i] = y[i] = vw_zero();
+            KV_EACH(i, nq) x[i] = y[i] = vp_zero();
             _Pragma("GCC unroll 3") for (int w = 0; w < 3; w++) {
-                word[w] = vb_load(at + 64 * w);
+                word[w] = vb_load_pairs(at + 64 * w);
                 c8_add(nq, x, y, word[w], vi_shr(word[w], 3), weights, 16 * w);
             }
             c8_add(nq, x, y, vb_select(two_bits, vi_shr(word[0], 6), vi_shr(word[2], 4)),
                    vb_select(two_bits, vi_shr(word[1], 6), vi_shr(word[2], 5)), weights, 48);
             KV_EACH(i, nq) {
-                const vf sum = vf_from_vi(vi_add_pairs(vw_total(x[i]), vw_total(y[i])));
+                const vf sum = vf_from_vi(vp_total(x[i], y[i]));
                 float *const to = o + i * d + c;
                 vf_store(to, vf_fma(sum, vf_set(weights[i].unit), vf_load(to)));
             }

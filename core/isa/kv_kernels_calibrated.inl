@@ -121,9 +121,9 @@ KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], co
                 const vb code10 = vb_shr(packed[1], bits * j, mask);
                 const vb code11 = vb_shr(packed[1], bits * j + bits, mask);
                 KV_EACH(i, nq) {
-                    const vb q0 = vi_set_lanes(m[i].q + at), q1 = vi_set_lanes(m[i].q + at + 4);
-                    sum[i][0] = vd_add(sum[i][0], code00, q0, code01, q1);
-                    sum[i][1] = vd_add(sum[i][1], code10, q0, code11, q1);
+                    const v8 q = v8_load(m[i].q + at);
+                    sum[i][0] = vd_add(sum[i][0], code00, code01, q);
+                    sum[i][1] = vd_add(sum[i][1], code10, code11, q);
                 }
             }
         }
@@ -216,10 +216,8 @@ KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *l
             }
             _Pragma("GCC unroll 4") for (int k = 0; k < fields; k += 2, t += 8) {
                 KV_EACH(i, nq) {
-                    const uint8_t *const high = weights[i].high + t, *const low =
-                                                                         weights[i].low + t;
-                    sum[i] = vw_add(sum[i], vi_set_lanes(high), vi_set_lanes(low), y[k],
-                                    vi_set_lanes(high + 4), vi_set_lanes(low + 4), y[k + 1]);
+                    const v8 high = v8_load(weights[i].high + t);
+                    sum[i] = vw_add(sum[i], high, v8_load(weights[i].low + t), y[k], y[k + 1]);
                 }
             }
             before = word;

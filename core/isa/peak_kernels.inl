@@ -44,7 +44,7 @@ static uint64_t peak_int16(uint64_t rounds) {
 #pragma GCC unroll 48
         for (int i = 0; i < PEAK_TURNS * PEAK_SUMS; i++) {
             opaque(a);
-            sum[i % PEAK_SUMS] = vi_dot16(sum[i % PEAK_SUMS], a, b);
+            sum[i % PEAK_SUMS] = vi_peak16(sum[i % PEAK_SUMS], a, b);
         }
     }
     peak_read(sum);

@@ -307,6 +307,21 @@ static inline vb vb_select(vb mask, vb a, vb b) { /* bits of a where the mask ha
 /* Of each four lanes: a0 + a1, a2 + a3, b0 + b1, b2 + b3. */
 static inline vi vi_add_pairs(vi a, vi b) { return _mm256_hadd_epi32(a, b); }
 
+/* Factors that all lanes share. v8: four bytes for the lanes of one vector, four for those of the
+ * next. v16: eight bytes for each two lanes, twice. */
+typedef struct v8 {
+    vb first, last;
+} v8;
+typedef v8 v16;
+static inline v8 v8_load(const void *p) {
+    const uint8_t *const bytes = p;
+    return (v8){vi_set_lanes(bytes), vi_set_lanes(bytes + 4)};
+}
+static inline v16 v16_load(const void *p) {
+    const uint8_t *const bytes = p;
+    return (v16){vb_set8(bytes), vb_set8(bytes + 8)};
+}
+
 /* vd: sums of products u * s with s in -127..127, each lane those of its four bytes, in the end
  * (vd_total). Until then a half of a lane takes vd_most(m) products of magnitudes up to m; one
  * vd_add gives it four. */
@@ -314,8 +329,8 @@ static inline vi vi_add_pairs(vi a, vi b) { return _mm256_hadd_epi32(a, b); }
 typedef vi vd;
 static inline int vd_most(int m) { return 32767 / m; }
 static inline vd vd_zero(void) { return vi_zero(); }
-static inline vd vd_add(vd sum, vb u0, vb s0, vb u1, vb s1) {
-    return vi_add16(sum, vi_add16(vi_madd_u8s8(u0, s0), vi_madd_u8s8(u1, s1)));
+static inline vd vd_add(vd sum, vb u0, vb u1, v8 s) {
+    return vi_add16(sum, vi_add16(vi_madd_u8s8(u0, s.first), vi_madd_u8s8(u1, s.last)));
 }
 static inline vi vd_total(vd sum) { return vi_widen16(sum); }
 
@@ -323,15 +338,25 @@ static inline vi vd_total(vd sum) { return vi_widen16(sum); }
  * low six: two products fit 16 bits then, and a second two may be added to them. */
 typedef vi vw;
 static inline vw vw_zero(void) { return vi_zero(); }
-static inline vw vw_add(vw sum, vb high0, vb low0, vb s0, vb high1, vb low1, vb s1) {
-    const vi high = vi_add16(vi_madd_u8s8(high0, s0), vi_madd_u8s8(high1, s1));
-    const vi low = vi_add16(vi_madd_u8s8(low0, s0), vi_madd_u8s8(low1, s1));
-    sum = vi_add(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(64)));
-    sum = vi_add(sum, vi_widen16(low));
+static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
+    const vi of_high = vi_add16(vi_madd_u8s8(high.first, s0), vi_madd_u8s8(high.last, s1));
+    const vi of_low = vi_add16(vi_madd_u8s8(low.first, s0), vi_madd_u8s8(low.last, s1));
+    sum = vi_add(sum, _mm256_madd_epi16(of_high, _mm256_set1_epi16(64)));
+    sum = vi_add(sum, vi_widen16(of_low));
     __asm__("" : "+x"(sum)); /* now, as in vi_dot16 */
     return sum;
 }
 static inline vi vw_total(vw sum) { return sum; }
+
+/* vp: sums of weighed bytes of c8, whose words have eight tokens of a pair of channels: loaded so
+ * that v16 finds its tokens. vp_total: x and y of the pairs as 8 channels. */
+typedef vw vp;
+static inline vp vp_zero(void) { return vw_zero(); }
+static inline vb vb_load_pairs(const uint8_t *p) { return vb_load(p); }
+static inline vp vp_add(vp sum, v16 high, v16 low, vb s0, vb s1) {
+    return vw_add(sum, high, low, s0, s1);
+}
+static inline vi vp_total(vp x, vp y) { return vi_add_pairs(vw_total(x), vw_total(y)); }
 
 /* The low bytes of the lanes, which are in -128..127, in their order. */
 static inline vb vb_from_vi(const vi a[4]) {
@@ -386,6 +411,8 @@ static inline void vi_store_units(int8_t *p, const vi a[4], int bits) {
 /* Adds products of bytes, u in 0..255 and s in -127..127, as many as one instruction can, to sums
  * of whatever width it has. */
 static inline vi vi_peak8(vi sum, vb u, vb s) { return vi_add16(sum, vi_madd_u8s8(u, s)); }
+/* Products of i16, as many as one instruction can. */
+static inline vi vi_peak16(vi sum, vi a, vi b) { return vi_dot16(sum, a, b); }
 #define opaque(a) __asm__("" : "+x"(a)) /* makes the compiler take a vector for changed */
 
 #endif

@@ -270,12 +270,25 @@ static inline vi vi_add_pairs(vi a, vi b) {
     return vi_add(_mm512_castps_si512(even), _mm512_castps_si512(odd));
 }
 
+typedef struct v8 {
+    vb first, last;
+} v8;
+typedef v8 v16;
+static inline v8 v8_load(const void *p) {
+    const uint8_t *const bytes = p;
+    return (v8){vi_set_lanes(bytes), vi_set_lanes(bytes + 4)};
+}
+static inline v16 v16_load(const void *p) {
+    const uint8_t *const bytes = p;
+    return (v16){vb_set8(bytes), vb_set8(bytes + 8)};
+}
+
 #define VD_TOKENS 2
 typedef vi vd;
 static inline int vd_most(int m) { return INT32_MAX / 2 / m; }
 static inline vd vd_zero(void) { return vi_zero(); }
-static inline vd vd_add(vd sum, vb u0, vb s0, vb u1, vb s1) {
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, u0, s0), u1, s1);
+static inline vd vd_add(vd sum, vb u0, vb u1, v8 s) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, u0, s.first), u1, s.last);
 }
 static inline vi vd_total(vd sum) { return sum; }
 
@@ -283,12 +296,21 @@ typedef struct vw {
     vi high, low;
 } vw;
 static inline vw vw_zero(void) { return (vw){vi_zero(), vi_zero()}; }
-static inline vw vw_add(vw sum, vb high0, vb low0, vb s0, vb high1, vb low1, vb s1) {
-    const vi high = _mm512_dpbusd_epi32(sum.high, high0, s0);
-    const vi low = _mm512_dpbusd_epi32(sum.low, low0, s0);
-    return (vw){_mm512_dpbusd_epi32(high, high1, s1), _mm512_dpbusd_epi32(low, low1, s1)};
+static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
+    const vi of_high = _mm512_dpbusd_epi32(sum.high, high.first, s0);
+    const vi of_low = _mm512_dpbusd_epi32(sum.low, low.first, s0);
+    return (vw){_mm512_dpbusd_epi32(of_high, high.last, s1),
+                _mm512_dpbusd_epi32(of_low, low.last, s1)};
 }
 static inline vi vw_total(vw sum) { return vi_add(vi_shl(sum.high, 6), sum.low); }
+
+typedef vw vp;
+static inline vp vp_zero(void) { return vw_zero(); }
+static inline vb vb_load_pairs(const uint8_t *p) { return vb_load(p); }
+static inline vp vp_add(vp sum, v16 high, v16 low, vb s0, vb s1) {
+    return vw_add(sum, high, low, s0, s1);
+}
+static inline vi vp_total(vp x, vp y) { return vi_add_pairs(vw_total(x), vw_total(y)); }
 
 static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
     /* the packs work in quarters of a vector */
@@ -332,6 +354,7 @@ static inline void vi_store_units(int8_t *p, const vi a[2], int bits) {
 /* Adds products of bytes, u in 0..255 and s in -127..127, as many as one instruction can, to sums
  * of whatever width it has. */
 static inline vi vi_peak8(vi sum, vb u, vb s) { return _mm512_dpbusd_epi32(sum, u, s); }
+static inline vi vi_peak16(vi sum, vi a, vi b) { return vi_dot16(sum, a, b); }
 #define opaque(a) __asm__("" : "+v"(a)) /* makes the compiler take a vector for changed */
 
 #endif

@@ -1,11 +1,12 @@
 /* weight_kernels.inl: products of weights with activations, in vector words (vec_*.h). Included by
  * isa_*.c with the target switched on, for its table: `quantize`, and a matmul_NAME for each row of
- * weights.def.
+ * weights.def. How codes are held and multiplied is the matter of weight_codes_i16.inl or
+ * weight_codes_i8.inl, one of which is included before.
  *
- * Quantized weights. VF_LANES rows are taken together, a row to a lane. Codes are unpacked to i16:
- * code vector i of a block of 32 columns holds, in lane r, two columns of row r. Multiplied by the
- * same two columns of a token in all lanes, sixteen such vectors give the integer dot products of
- * the block for all the rows at once, with no sum across lanes, and
+ * Quantized weights. VF_LANES rows are taken together, a row to a lane. A code vector of a block of
+ * 32 columns holds, in lane r, a few columns of row r. Multiplied by the same columns of a token in
+ * all lanes, such vectors give the integer dot products of the block for all the rows at once, with
+ * no sum across lanes, and
  *     sum[r] += scale_of_x * (scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
  * A tile is up to TILE_BLOCKS blocks of these rows. For a token alone the codes are multiplied as
  * they are unpacked, in registers; for more they are kept on the stack, so that all share the
@@ -20,18 +21,8 @@
  *
  * Float weights are multiplied with the f32 activations, columns in lanes.
  */
-#define WEIGHT_INLINE static inline __attribute__((always_inline))
-
-#define TILE_BLOCKS 8    /* a super-block of 256 columns */
 #define TILE_BYTES 272   /* of a row, at most: 8 blocks of Q8_0 */
 #define CHUNK_TOKENS 128 /* whose q should stay in L2 or L3 while the rows pass by */
-
-typedef struct weight_tile {
-    vf scale[TILE_BLOCKS];     /* of each row */
-    vf minimum[TILE_BLOCKS];   /* of formats that have one */
-    vi codes[TILE_BLOCKS][16]; /* [block][two columns] */
-    vi dot[TILE_BLOCKS][2];    /* instead of codes, for a token alone; two terms: short chains */
-} weight_tile;
 
 /* ---- unpacking --------------------------------------------------------------------------- */
 
@@ -56,37 +47,8 @@ WEIGHT_INLINE void load_words(vi *words, const uint8_t *p, size_t stride, size_t
     for (int byte = 16 - rest; byte < 16; byte += 4) *words++ = word_at(last, byte);
 }
 
-/* Unpacks `n` blocks. q is NULL or not in each instance: NULL keeps the codes; else, the
- * activations of a token alone, they become tile->dot. */
+/* Unpacks `n` blocks: puts their codes and scales into a tile. */
 typedef void unpack_fn(weight_tile *tile, const vi *words, int n, const int16_t *q);
-
-/* Codes are 0 and more; those that are kept are reduced by `zero`, the one that stands for 0. */
-WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, int zero, const int16_t *q) {
-    if (!q) {
-        tile->codes[b][i] = zero ? vi_sub16(codes, vi_set16((int16_t)zero)) : codes;
-        return;
-    }
-    const vi before = i < 2 ? vi_zero() : tile->dot[b][i % 2];
-    tile->dot[b][i % 2] = vi_dot16(before, codes, vi_set_lanes(q + b * 32 + i * 2));
-}
-
-/* Four columns of a block, 4 quad to 4 quad + 3, a byte each. The even ones come first, here and in
- * q: so they widen to i16 with no shuffle. */
-WEIGHT_INLINE void put_quad(weight_tile *tile, int b, int quad, vb bytes, int zero,
-                            const int16_t *q) {
-    put(tile, b, 2 * quad, vi_low_bytes(bytes), zero, q);
-    put(tile, b, 2 * quad + 1, vi_high_bytes(bytes), zero, q);
-}
-
-/* Four columns in the low halves of bytes, and four in the high halves. */
-WEIGHT_INLINE void put_nibbles(weight_tile *tile, int b_low, int quad_low, int b_high,
-                               int quad_high, vb bytes, int zero, const int16_t *q) {
-    const vi low = vi_set16(15);
-    put(tile, b_low, 2 * quad_low, vi_and(bytes, low), zero, q);
-    put(tile, b_low, 2 * quad_low + 1, vi_and(vi_shr16(bytes, 8), low), zero, q);
-    put(tile, b_high, 2 * quad_high, vi_and(vi_shr16(bytes, 4), low), zero, q);
-    put(tile, b_high, 2 * quad_high + 1, vi_shr16(bytes, 12), zero, q);
-}
 
 /* The low halves of bytes, or the high ones. */
 WEIGHT_INLINE vb nibbles_of(vb bytes, int high) {
@@ -164,11 +126,7 @@ WEIGHT_INLINE void block_Q8_0(weight_tile *tile, int b, const vi *words, int byt
                               const int16_t *q) {
     tile->scale[b] = half_at(words, byte);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        const vb codes = word_at(words, byte + 2 + 4 * i);
-        put(tile, b, 2 * i, vi_low_signed_bytes(codes), 0, q);
-        put(tile, b, 2 * i + 1, vi_high_signed_bytes(codes), 0, q);
-    }
+    for (int i = 0; i < 8; i++) put_signed_quad(tile, b, i, word_at(words, byte + 2 + 4 * i), q);
 }
 
 #define UNPACK_BLOCKS(NAME, BYTES)                                                                 \
@@ -238,24 +196,6 @@ WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const vi *words, int n, const 
     }
 }
 
-/* Half a block of Q6_K: codes of 0 to 63 that stand for -32 to 31, and their scale as i32. Kept
- * codes are scaled; of a token alone the sum of products is. */
-WEIGHT_INLINE void put_scaled(weight_tile *tile, int b, int half, const vb quads[4], vi scale,
-                              const int16_t *q) {
-    const vi zero = vi_set16(32), scales = vi_low16(scale);
-    vi dot = vi_zero();
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        const vb quad = quads[i / 2];
-        const vi codes = vi_sub16(i % 2 ? vi_high_bytes(quad) : vi_low_bytes(quad), zero);
-        if (q)
-            dot = vi_dot16(dot, codes, vi_set_lanes(q + b * 32 + half * 16 + i * 2));
-        else
-            tile->codes[b][half * 8 + i] = vi_mul16(codes, scales);
-    }
-    if (q) tile->dot[b][half] = vi_mul(dot, scale);
-}
-
 /* Two bits of each byte, those of run 0 lowest, moved to 16 and 32. */
 WEIGHT_INLINE vb top_bits(vb bytes, int run) {
     const vb both = vb_set(48);
@@ -301,24 +241,24 @@ WEIGHT_INLINE token_cursor cursor_at(const token_cursor *x, size_t token, size_t
     return (token_cursor){x->q + at * 32, x->scale + at, x->sums + at, x->n_cols};
 }
 
-/* total plus block b of a tile, whose codes . q are `dot` for token t; affine: there are minima. Of
- * codes that were not reduced by `zero` the product is: it is an integer below 2^24, so exact. */
+/* total plus block b of a tile, whose codes . q are `dot` for token t. Of codes that were not
+ * reduced by `zero` the product is: it is an integer below 2^24, so exact. */
 WEIGHT_INLINE vf add_block(vf total, const weight_tile *tile, int b, vi dot, const token_cursor *x,
-                           int t, const bool affine, int zero) {
+                           int t, const code_kind kind, int zero) {
     const size_t at = (size_t)t * (x->n_cols / 32) + (size_t)b;
     vf product = vf_from_vi(dot);
     if (zero) product = vf_sub(product, vf_set((float)zero * x->sums[at]));
     vf value = vf_mul(product, tile->scale[b]);
-    if (affine) value = vf_fma(vf_set(x->sums[at]), tile->minimum[b], value);
+    if (kind == CODES_AFFINE) value = vf_fma(vf_set(x->sums[at]), tile->minimum[b], value);
     return vf_fma(value, vf_set(x->scale[at]), total);
 }
 
 typedef vf panel_sum[PANEL_VECTORS]; /* of one token, lanes are rows */
 
-/* Adds the n blocks of a panel's tiles to sum[n_tok]; n_tok and affine are constants
- * in each instance. */
+/* Adds the n blocks of a panel's tiles to sum[n_tok]; n_tok and kind are constants in each
+ * instance. */
 WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int n,
-                                  const token_cursor *x, const int n_tok, const bool affine) {
+                                  const token_cursor *x, const int n_tok, const code_kind kind) {
     vf total[TILE_TOKENS][PANEL_VECTORS];
 #pragma GCC unroll 8
     for (int t = 0; t < n_tok; t++) {
@@ -327,25 +267,12 @@ WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int 
     }
     for (int b = 0; b < n; b++) {
         vi dot[TILE_TOKENS][PANEL_VECTORS];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            vi codes[PANEL_VECTORS];
-#pragma GCC unroll 8
-            for (int v = 0; v < PANEL_VECTORS; v++) codes[v] = tiles[v].codes[b][i];
-#pragma GCC unroll 8
-            for (int t = 0; t < n_tok; t++) {
-                const vi q = vi_set_lanes(x->q + (size_t)t * x->n_cols + b * 32 + i * 2);
-#pragma GCC unroll 8
-                for (int v = 0; v < PANEL_VECTORS; v++) {
-                    dot[t][v] = vi_dot16(i == 0 ? vi_zero() : dot[t][v], codes[v], q);
-                }
-            }
-        }
+        multiply_codes(dot, tiles, b, x->q, x->n_cols, n_tok, kind);
 #pragma GCC unroll 8
         for (int t = 0; t < n_tok; t++) {
 #pragma GCC unroll 8
             for (int v = 0; v < PANEL_VECTORS; v++) {
-                total[t][v] = add_block(total[t][v], &tiles[v], b, dot[t][v], x, t, affine, 0);
+                total[t][v] = add_block(total[t][v], &tiles[v], b, dot[t][v], x, t, kind, 0);
             }
         }
     }
@@ -358,13 +285,15 @@ WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int 
 
 /* The same for the first of n_tok tokens, as many as have an instance; returns their number. */
 static int multiply_tiles_some(panel_sum *sum, const weight_tile *tiles, int n,
-                               const token_cursor *x, int n_tok, bool affine) {
+                               const token_cursor *x, int n_tok, code_kind kind) {
 #define INSTANCE(N_TOK)                                                                            \
     if (n_tok >= (N_TOK)) {                                                                        \
-        if (affine)                                                                                \
-            multiply_tiles(sum, tiles, n, x, N_TOK, true);                                         \
+        if (kind == CODES_AFFINE)                                                                  \
+            multiply_tiles(sum, tiles, n, x, N_TOK, CODES_AFFINE);                                 \
+        else if (CODES_SCALED != CODES_PLAIN && kind == CODES_SCALED)                              \
+            multiply_tiles(sum, tiles, n, x, N_TOK, CODES_SCALED);                                 \
         else                                                                                       \
-            multiply_tiles(sum, tiles, n, x, N_TOK, false);                                        \
+            multiply_tiles(sum, tiles, n, x, N_TOK, CODES_PLAIN);                                  \
         return N_TOK;                                                                              \
     }
     INSTANCE(TILE_TOKENS)
@@ -391,7 +320,7 @@ WEIGHT_INLINE const uint8_t *fetch(const uint8_t *ahead, size_t bytes) {
 /* bytes_tile: of TILE_BLOCKS blocks of a row. */
 WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS],
                                   size_t stride, const uint8_t *ahead, token_cursor x, int n_tok,
-                                  size_t bytes_tile, unpack_fn *unpack, const bool affine) {
+                                  size_t bytes_tile, unpack_fn *unpack, const code_kind kind) {
     const size_t n_blocks = x.n_cols / 32;
     weight_tile tiles[PANEL_VECTORS];
     tile_words words;
@@ -408,7 +337,7 @@ WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_V
         }
         for (int t = 0; t < n_tok;) {
             const token_cursor first = cursor_at(&x, (size_t)t, b);
-            t += multiply_tiles_some(sum + t, tiles, n, &first, n_tok - t, affine);
+            t += multiply_tiles_some(sum + t, tiles, n, &first, n_tok - t, kind);
         }
     }
 }
@@ -416,7 +345,7 @@ WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_V
 /* The rows of one vector for one token. */
 WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride,
                                         const uint8_t *ahead, token_cursor x, size_t bytes_tile,
-                                        unpack_fn *unpack, const bool affine, const int zero) {
+                                        unpack_fn *unpack, const code_kind kind, const int zero) {
     const size_t n_blocks = x.n_cols / 32;
     weight_tile tile;
     tile_words words;
@@ -426,10 +355,9 @@ WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride
         const token_cursor at = cursor_at(&x, 0, b);
         ahead = fetch(ahead, bytes_tile * VF_LANES);
         load_words(words, w, stride, (size_t)n * bytes_tile / TILE_BLOCKS);
-        unpack(&tile, words, n, at.q);
+        unpack(&tile, words, n, token_alone(at.q));
         for (int i = 0; i < n; i++) {
-            const vi dot = vi_add(tile.dot[i][0], tile.dot[i][1]);
-            total = add_block(total, &tile, i, dot, &at, 0, affine, zero);
+            total = add_block(total, &tile, i, dot_of(&tile, i), &at, 0, kind, zero);
         }
     }
     *sum = total;
@@ -476,30 +404,30 @@ static void multiply(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,
 }
 
 /* Two functions for the panel: in one, gcc would hoist what the two unpackings have in common. */
-#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, AFFINE, ZERO)                                          \
+#define QUANTIZED_PRODUCT(NAME, BYTES_TILE, KIND, ZERO)                                            \
     static void together_##NAME(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS],             \
                                 size_t stride, const uint8_t *ahead, token_cursor x, int n_tok) {  \
-        multiply_panel(sum, w, stride, ahead, x, n_tok, BYTES_TILE, unpack_##NAME, AFFINE);        \
+        multiply_panel(sum, w, stride, ahead, x, n_tok, BYTES_TILE, unpack_##NAME, KIND);          \
     }                                                                                              \
     static void alone_##NAME(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS], size_t stride, \
                              const uint8_t *ahead, token_cursor x, int n_tok) {                    \
         (void)n_tok;                                                                               \
-        multiply_panel_alone(&sum[0][0], w[0], stride, ahead, x, BYTES_TILE, unpack_##NAME,        \
-                             AFFINE, ZERO);                                                        \
+        multiply_panel_alone(&sum[0][0], w[0], stride, ahead, x, BYTES_TILE, unpack_##NAME, KIND,  \
+                             ZERO);                                                                \
     }                                                                                              \
     static void matmul_##NAME(float *y, size_t y_stride, const uint8_t *w, size_t n_rows,          \
                               const uint8_t *ahead, const kvq_activations *x) {                    \
         const size_t stride = x->n_cols / 32 * (BYTES_TILE) / TILE_BLOCKS;                         \
         multiply(y, y_stride, w, n_rows, ahead, x, stride, alone_##NAME, together_##NAME);         \
     }
-QUANTIZED_PRODUCT(Q4_0, 18 * 8, false, 8)
-QUANTIZED_PRODUCT(Q4_1, 20 * 8, true, 0)
-QUANTIZED_PRODUCT(Q5_0, 22 * 8, false, 16)
-QUANTIZED_PRODUCT(Q5_1, 24 * 8, true, 0)
-QUANTIZED_PRODUCT(Q8_0, 34 * 8, false, 0)
-QUANTIZED_PRODUCT(Q4_K, 144, true, 0)
-QUANTIZED_PRODUCT(Q5_K, 176, true, 0)
-QUANTIZED_PRODUCT(Q6_K, 210, false, 0)
+QUANTIZED_PRODUCT(Q4_0, 18 * 8, CODES_PLAIN, 8)
+QUANTIZED_PRODUCT(Q4_1, 20 * 8, CODES_AFFINE, 0)
+QUANTIZED_PRODUCT(Q5_0, 22 * 8, CODES_PLAIN, 16)
+QUANTIZED_PRODUCT(Q5_1, 24 * 8, CODES_AFFINE, 0)
+QUANTIZED_PRODUCT(Q8_0, 34 * 8, CODES_PLAIN, 0)
+QUANTIZED_PRODUCT(Q4_K, 144, CODES_AFFINE, 0)
+QUANTIZED_PRODUCT(Q5_K, 176, CODES_AFFINE, 0)
+QUANTIZED_PRODUCT(Q6_K, 210, CODES_SCALED, 0)
 #undef QUANTIZED_PRODUCT
 
 /* ---- the product of float weights -------------------------------------------------------- */

@@ -97,9 +97,10 @@ class Bench:
         for depth in sorted(set(self._options.depths)):
             for lane in self._lanes:
                 self._reach(lane, depth)
+            last = self._options.prompt_depth
             for test, n in (
                 (GENERATION, self._options.n_gen),
-                (PROMPT, self._options.n_prompt),
+                (PROMPT, self._options.n_prompt if last is None or depth <= last else 0),
             ):
                 if n:
                     for lane, timed in self._test(test, depth):

@@ -32,6 +32,7 @@ class Options:
         n_prompt: Tokens of a prompt; 0: prompts are not timed.
         n_gen: Tokens generated one by one; 0: generation is not timed.
         depths: Tokens in the cache before each of them.
+        prompt_depth: The deepest at which prompts are timed too; None: all.
         repetitions: How often each is timed.
         n_threads: Threads; None: one per processor.
         n_batch: Tokens per pass of a prompt.
@@ -45,6 +46,7 @@ class Options:
     n_prompt: int = 512
     n_gen: int = 64
     depths: Sequence[int] = (0,)
+    prompt_depth: int | None = None
     repetitions: int = 3
     n_threads: int | None = None
     n_batch: int = 512
@@ -67,6 +69,8 @@ class Options:
             raise ValueError("There are no depths, expected at least one.")
         for depth in self.depths:
             whole_number("A depth", depth, 0, most)
+        if self.prompt_depth is not None:
+            whole_number("prompt_depth", self.prompt_depth, 0, most)
         whole_number("repetitions", self.repetitions, 1)
         whole_number("n_batch", self.n_batch, *SESSION_RANGES["n_batch"])
         if self.n_threads is not None:

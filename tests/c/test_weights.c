@@ -218,6 +218,8 @@ static const kvq_isa *const *fast_sets(void) {
 #if defined(__x86_64__) || defined(_M_X64)
     if (kvq_isa_avx2.supported()) sets[n++] = &kvq_isa_avx2;
     if (kvq_isa_avx512.supported()) sets[n++] = &kvq_isa_avx512;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+    if (kvq_isa_neon.supported()) sets[n++] = &kvq_isa_neon;
 #endif
     sets[n] = NULL;
     return sets;
@@ -258,10 +260,16 @@ static const char *check_product(const operands *o, const float *y, size_t y_str
     return NULL;
 }
 
-/* The quantized activation i, of n_tok * n_cols. */
+/* The quantized activation i, of n_tok * n_cols, in the form of the instruction sets (weights.h). */
 static int quantized(const kvq_activations *x, size_t i) {
+    const int16_t *const four = x->q + i / 4 * 4;
+#if defined(__aarch64__) || defined(_M_ARM64)
+    const int8_t *const parts = (const int8_t *)four;
+    return 128 * parts[i % 4] + parts[4 + i % 4];
+#else
     static const size_t place[4] = {0, 2, 1, 3};
-    return x->q[i / 4 * 4 + place[i % 4]];
+    return four[place[i % 4]];
+#endif
 }
 
 /* The activations as a product sees them: f32 [n_tok][n_cols], to be freed. */
