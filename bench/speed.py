@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--kv", default="skvq,f16,q8_0", help="schemes, divided by commas")
     parser.add_argument("--peer-kv", default="f16,q8_0", help="llama.cpp's, divided by commas")
     parser.add_argument("--prompt", type=int, default=default.n_prompt)
+    parser.add_argument("--prompt-depth", type=int, help="the deepest that prompts are timed at")
     parser.add_argument("--generate", type=int, default=default.n_gen)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int)
@@ -42,6 +43,7 @@ def main() -> None:
         n_prompt=args.prompt,
         n_gen=args.generate,
         depths=args.depths,
+        prompt_depth=args.prompt_depth,
         repetitions=args.repetitions,
         n_threads=args.threads,
         fill_from=FILL_FROM if args.fill else None,
