@@ -20,7 +20,7 @@ PY = $(VENV)/bin/python
 # A target X of the fuzzer is tests/fuzz/fuzz_X.c; it starts from the files in $(BUILD)/corpus/X.
 FUZZ_TARGETS = gguf profile
 
-.PHONY: help setup run test lib ext pull test-c test-py sanitize fuzz fuzz-libfuzzer lint format \
+.PHONY: help setup run test lib ext pull test-c test-arm64 test-py sanitize fuzz fuzz-libfuzzer lint format \
         $(FUZZ_TARGETS:%=fuzz-%) $(FUZZ_TARGETS:%=fuzz-libfuzzer-%) \
         bench-weights bench-kv quality speed speed-large speed-others fast-path accuracy tables plots clean
 help: ## print this list
@@ -87,6 +87,18 @@ test-c: $(BUILD)/tests_c ## run the tests of the core on every instruction set t
 	KVQ_ISA=avx512 $(BUILD)/tests_c
 	KVQ_ISA=avx2 $(BUILD)/tests_c
 	KVQ_ISA=ref $(BUILD)/tests_c
+
+ARM64 = aarch64-linux-gnu-
+QEMU_ARM64 = qemu-aarch64-static -cpu max
+
+test-arm64: ## run the tests of the core on NEON, cross-compiled and under emulation (some minutes)
+	@for tool in $(ARM64)gcc $(firstword $(QEMU_ARM64)); do command -v $$tool >/dev/null || { \
+		echo "test-arm64 needs $$tool; on Debian:" \
+			"sudo apt-get install gcc-aarch64-linux-gnu qemu-user-static"; exit 1; }; done
+	$(MAKE) CC=$(ARM64)gcc AR=$(ARM64)ar BUILD=$(BUILD)/arm64 LIBS="-static $(LIBS)" \
+		$(BUILD)/arm64/tests_c
+	KVQ_ISA=neon $(QEMU_ARM64) $(BUILD)/arm64/tests_c
+	KVQ_ISA=ref $(QEMU_ARM64) $(BUILD)/arm64/tests_c
 
 $(BUILD)/tests_c_sanitized: $(TESTS_C) $(CORE) $(HEADERS)
 	@mkdir -p $(@D)
@@ -159,22 +171,27 @@ quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_D
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --tasks kl --chunks 16
 	$(PY) bench/quality.py smollm2 --text frankenstein.txt --tasks kl --chunks 6
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --text frankenstein.txt --tasks kl --chunks 6
+	$(PY) bench/quality.py smollm2 --text "$$($(PY) -c 'import _pydecimal; print(_pydecimal.__file__)')" \
+		--tasks kl --chunks 6
+	$(PY) bench/quality.py smollm2 --own-setting --tasks kl --chunks 16
 	$(PY) bench/quality.py smollm2 --tasks needle,retrieval --trials 1
 	$(PY) bench/quality.py qwen2.5-coder-0.5b --tasks needle,retrieval --trials 1
 
-speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 20 minutes)
-	$(PY) bench/speed.py smollm2 --depths 0,2048,8192
-	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,2048,8192,32768 --fill
+SPEED = --fill --kv skvq,auto,f16,q8_0 --peer-kv f16,q8_0 --repetitions 5 --prompt-depth 0
+
+speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 6 minutes)
+	$(PY) bench/speed.py smollm2 --depths 0,2048,8192 $(SPEED) --generate 32
+	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,8192,32768 $(SPEED) --generate 16
 
 $(BUILD)/7b-shape.gguf: models/make_7b_shape.py $(VENV)/.ready
 	@mkdir -p $(@D)
 	$(PY) $< $@
 
 speed-large: ext $(BUILD)/7b-shape.gguf ## the same with random weights in the shape of a 7B model (4.1 GB in build/)
-	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --kv skvq --prompt 256 --generate 8 --repetitions 3 \
-		--depths 0,8192,32768 --fill
-	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --alone --kv skvq --prompt 0 --generate 8 --repetitions 3 \
-		--depths 0,1000000 --fill
+	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --depths 0,8192,32768 --fill --kv skvq --peer-kv f16 \
+		--repetitions 3 --generate 4 --prompt 256 --prompt-depth 0
+	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --alone --kv skvq --depths 0,1000000 --fill --prompt 0 \
+		--generate 2 --repetitions 2
 
 speed-others: ext ## measure steps beside a busy process and with many threads, and start-up
 	$(PY) bench/contention.py smollm2

@@ -210,9 +210,9 @@ def speed_short(page: Path) -> str:
 
 def _short_rows(data: Json, title: str) -> list[list[str]]:
     kv, n_prompt = data["settings"]["kv"][0], data["settings"]["n_prompt"]
-    depths = _depths(data["results"])
-    tests = [(PROMPT, depths[0], f"prompt of {n_prompt}")] if n_prompt else []
-    tests += [(GENERATION, d, f"generation at depth {d}") for d in (depths[0], depths[-1])]
+    prompts, depths = (_by_lane(data, test)[0] for test in (PROMPT, GENERATION))
+    tests = [(PROMPT, d, f"prompt of {n_prompt}") for d in prompts[:1]]
+    tests += [(GENERATION, d, f"generation at depth {d}") for d in (*depths[:1], *depths[-1:])]
     rows = []
     for test, depth, name in dict.fromkeys(tests):
         _, lanes = _by_lane(data, test)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pykvq import native
 from pykvq.closing import Closing
 from pykvq.errors import KvqError
 
@@ -131,6 +132,11 @@ class LlamaLane(Closing):
         params.n_threads = params.n_threads_batch = options.n_threads or os.cpu_count() or 1
         if options.fill_from is not None:
             params.n_seq_max, params.kv_unified = 2, True
+            # For what is repeated, whole, before it is cut to what is missing (see `fill`): at most
+            # what is evaluated up to the first depth beyond `fill_from`.
+            shallow = [depth for depth in options.depths if depth <= options.fill_from]
+            params.n_ctx += max([options.fill_from, *shallow]) + native.block_tokens()
+            params.n_ctx += options.n_ctx - max(options.depths)
         self._context: Any = model.open_context(params)
         if not self._context:
             raise KvqError(
