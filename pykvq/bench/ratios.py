@@ -22,16 +22,23 @@ ATTENTION = "attention"
 #: The name of the peer's best setting of all that took part.
 BEST = "best"
 
+#: What a depth adds is lost in noise if it is less than this part of the time at depth 0.
+NOISE = 0.1
+
 _TIME = "ms_per_token"
 _OVER = "ms_over_depth_0"
 
 
 def add_depth_costs(results: Sequence[Json]) -> None:
-    """Adds to every result how much longer a token takes than at depth 0; None if not known."""
+    """Adds to every result how much longer a token takes than at depth 0.
+
+    It is None where there is no depth 0, and where it is lost in noise.
+    """
     at_0 = {_lane(r): r[_TIME] for r in results if r["depth"] == 0}
     for r in results:
         base = at_0.get(_lane(r))
-        r[_OVER] = None if base is None or r["depth"] == 0 else r[_TIME] - base
+        known = base is not None and r["depth"] > 0 and r[_TIME] - base >= NOISE * base
+        r[_OVER] = r[_TIME] - base if known else None
 
 
 def _lane(r: Json) -> tuple[str, str, str]:
@@ -99,6 +106,6 @@ def _compare(results: Sequence[Json], kv: str, cache: str) -> Json:
 
 
 def _ratio(theirs: Iterable[float | None], ours: float | None) -> float | None:
-    """The peer's least time over ours; times that are not above 0 say nothing."""
-    known = [time for time in theirs if time is not None and time > 0]
-    return min(known) / ours if known and ours is not None and ours > 0 else None
+    """The peer's least time over ours, of those that are known."""
+    known = [time for time in theirs if time is not None]
+    return min(known) / ours if known and ours is not None else None
