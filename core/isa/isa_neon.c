@@ -11,6 +11,7 @@
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 #else
 #pragma GCC target("arch=armv8.2-a+dotprod")
+/* Before registers are given out gcc would move loads up, into more of them than there are. */
 #pragma GCC optimize("no-schedule-insns")
 #endif
 

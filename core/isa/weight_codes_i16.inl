@@ -21,8 +21,10 @@ typedef struct weight_tile {
     vi dot[TILE_BLOCKS][2];    /* instead of codes, for a token alone; two terms: short chains */
 } weight_tile;
 
-/* ---- codes into a tile: q is NULL or not in each instance. NULL keeps the codes; else, the
- * activations of a token alone, their products become tile->dot ------------------------------ */
+/* ---- codes into a tile -------------------------------------------------------------------- */
+
+/* In what follows q is NULL or not in each instance. NULL keeps the codes; else q is the
+ * activations of a token alone, and the products become tile->dot. */
 
 /* Codes are 0 and more; those that are kept are reduced by `zero`, the one that stands for 0. */
 WEIGHT_INLINE void put(weight_tile *tile, int b, int i, vi codes, int zero, const int16_t *q) {

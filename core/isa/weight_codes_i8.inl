@@ -23,8 +23,10 @@ typedef struct weight_tile {
     vq dot[TILE_BLOCKS];       /* instead of codes, for a token alone */
 } weight_tile;
 
-/* ---- codes into a tile: q is NULL or not in each instance. NULL keeps the codes; else, the
- * activations of a token alone, their products become tile->dot ------------------------------ */
+/* ---- codes into a tile -------------------------------------------------------------------- */
+
+/* In what follows q is NULL or not in each instance. NULL keeps the codes; else q is the
+ * activations of a token alone, and the products become tile->dot. */
 
 /* Four columns of a block, 4 quad to 4 quad + 3, a byte each; quad 0 comes first. Codes that are
  * kept are reduced by `zero`, the one that stands for 0. */
@@ -50,7 +52,7 @@ WEIGHT_INLINE void put_signed_quad(weight_tile *tile, int b, int quad, vb codes,
 }
 
 /* Half a block of Q6_K: codes of 0 to 63 that stand for -32 to 31, and their scale as i32. A scaled
- * sum of high parts is below 2^24; what shifting it up loses, adding the low parts brings back. */
+ * sum of high parts, up to 2^24, may wrap around when it is shifted up; the total is in i32. */
 WEIGHT_INLINE void put_scaled(weight_tile *tile, int b, int half, const vb quads[4], vi scale,
                               const int16_t *q) {
     vq dot = vq_zero();

@@ -260,7 +260,7 @@ static const char *check_product(const operands *o, const float *y, size_t y_str
     return NULL;
 }
 
-/* The quantized activation i, of n_tok * n_cols, in the form of the instruction sets (weights.h). */
+/* The quantized activation i, of n_tok * n_cols, in the form of its instruction set. */
 static int quantized(const kvq_activations *x, size_t i) {
     const int16_t *const four = x->q + i / 4 * 4;
 #if defined(__aarch64__) || defined(_M_ARM64)
