@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from gguf.quants import quantize
 from pykvq import DownloadError, Model
 from pykvq.calibrate import calibrate
 from pykvq.profile import beside, write_profile
+
+# Shells let what they start in the background ignore Ctrl-C; tests of it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 N_CTX_TRAIN = 2048
 CHAT_TEMPLATE = (
