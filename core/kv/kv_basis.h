@@ -8,7 +8,7 @@
 #ifndef KVQ_KV_BASIS_H
 #define KVQ_KV_BASIS_H
 
-#include "base.h"
+#include "bytes.h"
 
 struct kvq_isa;
 

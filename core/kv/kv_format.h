@@ -9,7 +9,7 @@
 #ifndef KVQ_KV_FORMAT_H
 #define KVQ_KV_FORMAT_H
 
-#include "base.h"
+#include "bytes.h"
 
 #define KVQ_BLOCK 64 /* tokens */
 #define KVQ_RUNS 4
@@ -29,7 +29,10 @@ typedef struct kvq_kv_shape {
 } kvq_kv_shape;
 
 /* One group, no runs. */
-static inline kvq_kv_shape kvq_plain_shape(int d) { return (kvq_kv_shape){.d = d, .group = d}; }
+KVQ_BOTH kvq_kv_shape kvq_plain_shape(int d) {
+    kvq_kv_shape sh = {d, {0}, d};
+    return sh;
+}
 
 /* clang-format off */
 /* f16: half rows[64][d]
@@ -108,69 +111,65 @@ static inline kvq_kv_shape kvq_plain_shape(int d) { return (kvq_kv_shape){.d = d
 #define KVQ_T_HEADER 68              /* bytes before the words */
 #define KVQ_N_HEADER (2 * KVQ_BLOCK) /* bytes before the codes */
 
-static inline size_t kvq_f16_bytes(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_f16_bytes(const kvq_kv_shape *sh) {
     return (size_t)KVQ_BLOCK * (size_t)sh->d * 2;
 }
-static inline size_t kvq_q8_0_bytes(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_q8_0_bytes(const kvq_kv_shape *sh) {
     return (size_t)KVQ_BLOCK * (size_t)sh->d / 32 * 34;
 }
-static inline size_t kvq_q4_0_bytes(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_q4_0_bytes(const kvq_kv_shape *sh) {
     return (size_t)KVQ_BLOCK * (size_t)sh->d / 32 * 18;
 }
-static inline int kvq_groups(const kvq_kv_shape *sh) { return sh->d / sh->group; }
+KVQ_BOTH int kvq_groups(const kvq_kv_shape *sh) { return sh->d / sh->group; }
 
 /* Where the means of u1, u2, u4 start, and the words of c8. */
-static inline size_t kvq_u_means(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_u_means(const kvq_kv_shape *sh) {
     return KVQ_U_SCALES + KVQ_BLOCK * (size_t)kvq_groups(sh);
 }
-static inline size_t kvq_c8_words(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_c8_words(const kvq_kv_shape *sh) {
     return KVQ_C8_SCALES + KVQ_BLOCK * (size_t)kvq_groups(sh);
 }
 
 /* Words of 32 bits per token that the codes of u1, u2, u4 take. */
-static inline int kvq_u_words(const kvq_kv_shape *sh, int bits) { return (sh->d * bits + 31) / 32; }
-static inline size_t kvq_u_bytes(const kvq_kv_shape *sh, int bits) {
+KVQ_BOTH int kvq_u_words(const kvq_kv_shape *sh, int bits) { return (sh->d * bits + 31) / 32; }
+KVQ_BOTH size_t kvq_u_bytes(const kvq_kv_shape *sh, int bits) {
     return kvq_u_means(sh) + 2 * (size_t)sh->d + KVQ_BLOCK * 4 * (size_t)kvq_u_words(sh, bits);
 }
-static inline size_t kvq_u1_bytes(const kvq_kv_shape *sh) { return kvq_u_bytes(sh, 1); }
-static inline size_t kvq_u2_bytes(const kvq_kv_shape *sh) { return kvq_u_bytes(sh, 2); }
-static inline size_t kvq_u4_bytes(const kvq_kv_shape *sh) { return kvq_u_bytes(sh, 4); }
-static inline size_t kvq_c8_bytes(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_u1_bytes(const kvq_kv_shape *sh) { return kvq_u_bytes(sh, 1); }
+KVQ_BOTH size_t kvq_u2_bytes(const kvq_kv_shape *sh) { return kvq_u_bytes(sh, 2); }
+KVQ_BOTH size_t kvq_u4_bytes(const kvq_kv_shape *sh) { return kvq_u_bytes(sh, 4); }
+KVQ_BOTH size_t kvq_c8_bytes(const kvq_kv_shape *sh) {
     return kvq_c8_words(sh) + 12 * (size_t)sh->d;
 }
 
 /* Units of 16 bits per token of each run of mixed. */
-static inline int kvq_mixed_units(const kvq_kv_shape *sh, int run) {
+KVQ_BOTH int kvq_mixed_units(const kvq_kv_shape *sh, int run) {
     static const int per_unit[KVQ_RUNS] = {4, 4, 8, 16}; /* channels */
     const int units = (sh->run[run] + per_unit[run] - 1) / per_unit[run];
     return run == 0 ? 2 * units : units; /* 8 bits: high and low halves */
 }
-static inline int kvq_mixed_coded(const kvq_kv_shape *sh) { /* channels that have bits */
+KVQ_BOTH int kvq_mixed_coded(const kvq_kv_shape *sh) { /* channels that have bits */
     int n = 0;
     for (int run = 0; run < KVQ_RUNS; run++) n += sh->run[run];
     return n;
 }
-static inline size_t kvq_mixed_units_at(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_mixed_units_at(const kvq_kv_shape *sh) {
     return KVQ_MIXED_HEADER + (size_t)sh->d + kvq_round_up((size_t)kvq_mixed_coded(sh), 16);
 }
-static inline size_t kvq_mixed_bytes(const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_mixed_bytes(const kvq_kv_shape *sh) {
     size_t units = 0;
     for (int run = 0; run < KVQ_RUNS; run++) units += (size_t)kvq_mixed_units(sh, run);
     return kvq_mixed_units_at(sh) + units * KVQ_BLOCK * 2;
 }
-static inline size_t kvq_t1_bytes(const kvq_kv_shape *sh) {
-    return KVQ_T_HEADER + 8 * (size_t)sh->d;
-}
-static inline size_t kvq_t2_bytes(const kvq_kv_shape *sh) {
-    return KVQ_T_HEADER + 16 * (size_t)sh->d;
-}
+KVQ_BOTH size_t kvq_t1_bytes(const kvq_kv_shape *sh) { return KVQ_T_HEADER + 8 * (size_t)sh->d; }
+KVQ_BOTH size_t kvq_t2_bytes(const kvq_kv_shape *sh) { return KVQ_T_HEADER + 16 * (size_t)sh->d; }
 
-static inline size_t kvq_n_bytes(const kvq_kv_shape *sh, int bits) {
+KVQ_BOTH size_t kvq_n_bytes(const kvq_kv_shape *sh, int bits) {
     return KVQ_N_HEADER + KVQ_BLOCK / 8 * (size_t)bits * (size_t)sh->d;
 }
-static inline size_t kvq_n2_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 2); }
-static inline size_t kvq_n3_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 3); }
-static inline size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 4); }
+KVQ_BOTH size_t kvq_n2_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 2); }
+KVQ_BOTH size_t kvq_n3_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 3); }
+KVQ_BOTH size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 4); }
 
 /* Levels of n2 and n3: quantizers of least mean square error for a unit normal variable (Lloyd,
  * Max). nf4: NormalFloat4 of QLoRA (arXiv 2305.14314), for values over the largest of a row. The
