@@ -34,7 +34,8 @@ typedef enum kvq_status {
     KVQ_ERR_UNSUPPORTED = 4, /* valid, but not implemented: architecture, tensor, type, value */
     KVQ_ERR_MEMORY = 5,      /* not enough memory */
     KVQ_ERR_CONTEXT = 6,     /* the session's context is full */
-    KVQ_CANCELLED = 7        /* kvq_session_cancel or a progress callback stopped the evaluation */
+    KVQ_CANCELLED = 7,       /* kvq_session_cancel or a progress callback stopped the evaluation */
+    KVQ_ERR_DEVICE = 8       /* a device or its driver failed, or is not there */
 } kvq_status;
 
 typedef struct kvq_model kvq_model;
@@ -338,6 +339,33 @@ typedef struct kvq_machine_limits {
 
 /* n_bytes: of the buffer, which should exceed the caches; at least 1 MiB; 0: 512 MiB. */
 kvq_status kvq_machine_measure(kvq_machine_limits *out, int32_t n_threads, uint64_t n_bytes);
+
+/* A device that can evaluate instead of the processor. */
+typedef struct kvq_device_info {
+    const char *kind;           /* "cuda" */
+    int32_t index;              /* among those of its kind, as the driver counts them */
+    char name[256];             /* as the driver has it, e.g. "Orin" */
+    int32_t compute_capability; /* 10 * major + minor */
+    int32_t driver_version;     /* newest CUDA that the driver knows: 1000 * major + 10 * minor */
+    uint64_t bytes_total;
+    uint64_t bytes_free; /* once a context of this process is there; 0 if none can be had */
+    int32_t n_multiprocessors;
+    int32_t clock_khz; /* of the multiprocessors */
+    int32_t memory_clock_khz, memory_bus_bits;
+    int32_t bytes_l2;
+    int32_t bytes_shared; /* shared memory that one thread block can have */
+    int32_t integrated;   /* its memory is that of the processor */
+    int32_t usable;       /* whether sessions can run on it */
+    char why_not[512];    /* where not, one full sentence */
+} kvq_device_info;
+
+/* Devices here, usable or not. For 0, kvq_error() says why there are none: no driver, one that is
+ * too old or does not start, or no device. The first call of the process loads the driver. */
+int32_t kvq_device_count(void);
+
+/* KVQ_ERR_ARGUMENT if there is no device of this index, KVQ_ERR_DEVICE if the driver does not tell
+ * what it is. One that is there but of no use is described, with the reason. */
+kvq_status kvq_device_describe(int32_t index, kvq_device_info *out);
 
 /* The instruction sets this build knows and this processor has, best first, comma-separated; and
  * the one that sessions use: the best, or the one that the environment variable KVQ_ISA names. */

@@ -182,7 +182,7 @@ enum { MOST_TOKENS = 1 << 28, MOST_THREADS = 1024 };
 
 static void set_context(kvq_session *s, int n_ctx) {
     s->n_ctx = n_ctx;
-    s->n_batch = s->forward.n_batch = smaller(s->most_batch, n_ctx);
+    s->n_batch = s->forward.cpu.n_batch = smaller(s->most_batch, n_ctx);
 }
 
 static kvq_status read_options(kvq_session *s, const kvq_session_options *o) {
@@ -283,11 +283,11 @@ static void lay_out_scratch(kvq_session *s, kvq_arena *arena) {
     const size_t pairs = (size_t)s->turns.n_pairs, blocks = (size_t)s->forward.rings[0].max_blocks;
     s->turns.within = kvq_arena_take(arena, pairs * 2 * KVQ_BLOCK * sizeof(float));
     s->turns.first = kvq_arena_take(arena, blocks * pairs * 2 * sizeof(float));
-    kvq_forward *const f = &s->forward;
-    kvq_forward_lay_out(f, arena);
-    f->attention.top_blocks = (s->topk + KVQ_BLOCK - 1) / KVQ_BLOCK;
-    kvq_attention_lay_out(&f->attention, arena, &f->rings[0], (int)c->n_heads, (int)c->d_head,
-                          s->n_batch, s->n_threads);
+    kvq_cpu *const cpu = &s->forward.cpu;
+    kvq_cpu_lay_out(cpu, arena);
+    cpu->attention.top_blocks = (s->topk + KVQ_BLOCK - 1) / KVQ_BLOCK;
+    kvq_attention_lay_out(&cpu->attention, arena, &s->forward.rings[0], (int)c->n_heads,
+                          (int)c->d_head, s->n_batch, s->n_threads);
 }
 
 /* Lays out everything in no memory: what it would take. */
@@ -370,12 +370,14 @@ static kvq_status new_session(kvq_session **out, const kvq_model *model,
                               const kvq_session_options *options) {
     kvq_session *const s = kvq_alloc(sizeof *s);
     if (!s) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
-    s->model = s->forward.model = model;
+    s->model = s->forward.model = s->forward.cpu.device.model = model;
+    s->forward.n_layers_cpu = (int)model->config.n_layers;
     kvq_status status = read_options(s, options);
-    if (status == KVQ_OK) status = kvq_isa_choose(&s->forward.isa);
+    if (status == KVQ_OK) status = kvq_isa_choose(&s->forward.cpu.isa);
     if (status == KVQ_OK) status = make_plan(s, options);
     if (status == KVQ_OK) {
         s->forward.rings = kvq_alloc(model->config.n_layers * sizeof *s->forward.rings);
+        s->forward.cpu.device.rings = s->forward.rings;
         if (!s->forward.rings)
             status = kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
     }
@@ -401,9 +403,11 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
         kvq_session_close(s);
         return status;
     }
-    s->forward.pool = s->forward.attention.pool = s->pool;
-    s->forward.attention.isa = s->forward.isa;
-    s->forward.attention.clock = &s->forward.clock;
+    kvq_cpu *const cpu = &s->forward.cpu;
+    cpu->pool = cpu->attention.pool = s->pool;
+    cpu->attention.isa = cpu->isa;
+    cpu->attention.clock = &cpu->clock;
+    kvq_cpu_init(cpu);
     *out = s;
     return KVQ_OK;
 }
@@ -413,7 +417,7 @@ void kvq_session_close(kvq_session *session) {
     kvq_pool_close(session->pool);
     kvq_free(session->forward.rings);
     kvq_free(session->tracks);
-    kvq_free(session->forward.simulated);
+    kvq_free(session->forward.cpu.simulated);
     kvq_free(session->scratch);
     kvq_free(session->kv);
     kvq_free(session);
@@ -445,7 +449,8 @@ static int held(const kvq_session *s) { return s->forward.rings[0].n; }
 
 static void truncate_all(kvq_session *s, int n) {
     for (uint32_t l = 0; l < s->model->config.n_layers; l++) {
-        kvq_ring_truncate(&s->forward.rings[l], n);
+        kvq_device *const device = kvq_device_of(&s->forward, (int)l);
+        device->ops->truncate(device, (int)l, n);
     }
 }
 
@@ -455,12 +460,8 @@ static void truncate_all(kvq_session *s, int n) {
 static void undo_pass(kvq_session *s, int n) {
     truncate_all(s, n);
     for (uint32_t l = 1; l < s->model->config.n_layers; l++) {
-        kvq_ring *const ring = &s->forward.rings[l];
-        const int before = ring->n_sealed;
-        kvq_ring_seal(ring, s->forward.rings[0].n_sealed);
-        if (s->forward.simulator) {
-            kvq_forward_simulate(&s->forward, (int)l, before, ring->n_sealed);
-        }
+        kvq_device *const device = kvq_device_of(&s->forward, (int)l);
+        device->ops->seal(device, (int)l, s->forward.rings[0].n_sealed);
     }
 }
 
@@ -471,19 +472,20 @@ void kvq_session_observe(kvq_session *session, kvq_observer observer, void *user
 
 kvq_status kvq_session_simulate(kvq_session *session, kvq_simulator simulator, void *user) {
     const kvq_config *const c = &session->model->config;
-    kvq_forward *const f = &session->forward;
+    kvq_cpu *const cpu = &session->forward.cpu;
     if (strcmp(session->scheme->name, "f16") != 0) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
                         "Quantizers are simulated in a cache of the scheme f16, but this session's "
                         "is %s.",
                         session->scheme->name);
     }
-    if (simulator && !f->simulated) {
-        f->simulated = kvq_alloc((size_t)c->n_kv_heads * KVQ_BLOCK * c->d_head * sizeof(float));
-        if (!f->simulated) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a simulation.");
+    if (simulator && !cpu->simulated) {
+        cpu->simulated = kvq_alloc((size_t)c->n_kv_heads * KVQ_BLOCK * c->d_head * sizeof(float));
+        if (!cpu->simulated)
+            return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a simulation.");
     }
-    f->simulator = simulator;
-    f->simulator_user = user;
+    cpu->simulator = simulator;
+    cpu->simulator_user = user;
     return KVQ_OK;
 }
 
@@ -538,12 +540,12 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
         } else if (which == KVQ_LOGITS_ALL) {
             pass.logits = logits + (size_t)done * session->model->config.n_vocab;
         }
-        if (kvq_forward_run(&session->forward, &pass)) {
+        status = kvq_forward_run(&session->forward, &pass);
+        if (status == KVQ_OK) {
             session->n_evaluated += (uint64_t)pass.n;
-        } else {
+        } else if (status == KVQ_CANCELLED) {
             undo_pass(session, before);
-            status = kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.",
-                              done, n);
+            kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.", done, n);
         }
     }
     atomic_store(&session->cancelled, 0);
@@ -587,13 +589,14 @@ kvq_status kvq_session_fill(kvq_session *session, int32_t n) {
                         held(session), kvq_ring_until_seal(ring));
     }
     for (uint32_t l = 0; l < session->model->config.n_layers; l++) {
-        kvq_ring_repeat(&session->forward.rings[l], blocks);
+        kvq_device *const device = kvq_device_of(&session->forward, (int)l);
+        device->ops->repeat(device, (int)l, blocks);
     }
     return KVQ_OK;
 }
 
 void kvq_session_time(kvq_session *session, int32_t on) {
-    session->forward.clock = (kvq_clock){.runs = on != 0};
+    session->forward.cpu.clock = (kvq_clock){.runs = on != 0};
 }
 
 void kvq_session_cancel(kvq_session *session) { atomic_store(&session->cancelled, 1); }
@@ -602,7 +605,7 @@ void kvq_session_cancel(kvq_session *session) { atomic_store(&session->cancelled
 static uint64_t bytes_step(const kvq_session *s, int side) {
     const kvq_config *const c = &s->model->config;
     const kvq_ring *const ring = &s->forward.rings[0];
-    const int top = s->forward.attention.top_blocks;
+    const int top = s->forward.cpu.attention.top_blocks;
     const bool selected = top && top < ring->n_sealed;
     const uint64_t blocks = (uint64_t)(selected ? top : ring->n_sealed);
     const uint64_t rows = (uint64_t)(ring->n - ring->n_sealed * KVQ_BLOCK);
@@ -629,7 +632,7 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
     const uint64_t total = s->bytes.sinks + sealed + s->bytes.recent;
     const double now = (double)(s->bytes.sinks + s->bytes.recent) + sealed_now;
     *out = (kvq_session_stats){
-        .isa = s->forward.isa->name,
+        .isa = s->forward.cpu.isa->name,
         .scheme = s->scheme->name,
         .n_ctx = s->n_ctx,
         .n_batch = s->n_batch,
@@ -658,10 +661,10 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         .bytes_step_v = bytes_step(s, KVQ_VALUES),
         .n_evaluated = s->n_evaluated,
         .seconds_evaluated = s->seconds_evaluated,
-        .ns_weights = s->forward.clock.ns[KVQ_STAGE_WEIGHTS],
-        .ns_attention = s->forward.clock.ns[KVQ_STAGE_ATTENTION],
-        .ns_append = s->forward.clock.ns[KVQ_STAGE_APPEND],
-        .ns_other = s->forward.clock.ns[KVQ_STAGE_OTHER]};
+        .ns_weights = s->forward.cpu.clock.ns[KVQ_STAGE_WEIGHTS],
+        .ns_attention = s->forward.cpu.clock.ns[KVQ_STAGE_ATTENTION],
+        .ns_append = s->forward.cpu.clock.ns[KVQ_STAGE_APPEND],
+        .ns_other = s->forward.cpu.clock.ns[KVQ_STAGE_OTHER]};
 }
 
 kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_head, int32_t side,
@@ -674,7 +677,8 @@ kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_hea
                         layer, kv_head, side, block);
     }
     const kvq_ring *const ring = &session->forward.rings[layer];
-    *data = kvq_ring_block(ring, kv_head, side, block);
+    kvq_device *const device = kvq_device_of(&session->forward, layer);
+    *data = device->ops->block(device, layer, kv_head, side, block);
     *bytes = ring->track[side][kv_head].block_bytes;
     return KVQ_OK;
 }

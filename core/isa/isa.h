@@ -8,6 +8,7 @@
 #ifndef KVQ_ISA_H
 #define KVQ_ISA_H
 
+#include "base.h"
 #include "kv/kv_basis.h"
 #include "kv/kv_codec.h"
 #include "kv/kv_wave.h"

@@ -7,6 +7,7 @@
 #ifndef KVQ_KV_PROFILE_H
 #define KVQ_KV_PROFILE_H
 
+#include "base.h"
 #include "kv/kv_wave.h"
 
 struct kvq_profile {

@@ -5,6 +5,7 @@
 #ifndef KVQ_KV_SCHEME_H
 #define KVQ_KV_SCHEME_H
 
+#include "base.h"
 #include "kv/kv_basis.h"
 #include "kv/kv_codec.h"
 
