@@ -52,7 +52,7 @@ extern const kvq_codec kvq_codecs[KVQ_CODECS];
 
 /* Where a block of keys keeps its mean, int8 [d] in units of the half at byte 0; 0 where the codec
  * has none. */
-static inline size_t kvq_codec_mean_at(kvq_codec_id id, const kvq_kv_shape *sh) {
+KVQ_BOTH size_t kvq_codec_mean_at(kvq_codec_id id, const kvq_kv_shape *sh) {
     switch (id) {
     case KVQ_CODEC_u1:
     case KVQ_CODEC_u2:
@@ -60,6 +60,29 @@ static inline size_t kvq_codec_mean_at(kvq_codec_id id, const kvq_kv_shape *sh) 
         return kvq_u_means(sh);
     case KVQ_CODEC_mixed:
         return KVQ_MIXED_HEADER;
+    default:
+        return 0;
+    }
+}
+
+/* Where the codes of a block begin, which kernels read in wide loads: behind its scales. */
+KVQ_BOTH size_t kvq_codec_codes_at(kvq_codec_id id, const kvq_kv_shape *sh) {
+    switch (id) {
+    case KVQ_CODEC_u1:
+    case KVQ_CODEC_u2:
+    case KVQ_CODEC_u4:
+        return kvq_u_means(sh) + 2 * (size_t)sh->d;
+    case KVQ_CODEC_c8:
+        return kvq_c8_words(sh);
+    case KVQ_CODEC_mixed:
+        return kvq_mixed_units_at(sh);
+    case KVQ_CODEC_t1:
+    case KVQ_CODEC_t2:
+        return KVQ_T_HEADER;
+    case KVQ_CODEC_n2:
+    case KVQ_CODEC_n3:
+    case KVQ_CODEC_nf4:
+        return KVQ_N_HEADER;
     default:
         return 0;
     }

@@ -1,0 +1,44 @@
+/* attend_args.h: attention of a pass's queries over one layer's cache and over the pass's own rows;
+ * C11 for the host, C++14 for the device.
+ *
+ * The cache is cut into units: sealed blocks, then up to 64 rows of sinks, then up to 64 rows at a
+ * time of what follows the sealed blocks. Splits share out the units of one KV head; each leaves a
+ * partial result, and kvq_cuda_merge puts them together.
+ */
+#ifndef KVQ_CUDA_ATTEND_ARGS_H
+#define KVQ_CUDA_ATTEND_ARGS_H
+
+#include "cuda/kernels/cache_args.h"
+
+#define KVQ_CUDA_D_MAX 256 /* the widest head that kernels take */
+
+/* Queries come as rows: row r of a KV head is query head r % group of token r / group. */
+typedef struct kvq_cuda_attend_args {
+    kvq_cuda_cache cache;
+    const float *q; /* [n_heads][n_batch * group][d], in the basis of the keys, over sqrt(d_head) */
+    /* [n_splits][n_heads][n * group][d + 2] for a pass of n tokens: the sum of weight * value, then
+     * the largest score and the sum of weights, both relative to exp(largest score) */
+    float *partial;
+    int32_t n_splits;
+} kvq_cuda_attend_args;
+
+typedef struct kvq_cuda_merge_args {
+    kvq_cuda_cache cache;
+    const float *partial;
+    float *out; /* [n][n_heads * group][d_head] */
+    int32_t n_splits;
+} kvq_cuda_merge_args;
+
+/* Shapes of kvq_cuda_attend_W, W the widest head that it takes: warps, each of which has 16 rows,
+ * and channels of values that it sums (grid.z = n_splits * slices for wider heads). */
+#define KVQ_CUDA_ATTEND_WARPS(W) ((W) <= 128 ? 4 : 2)
+#define KVQ_CUDA_ATTEND_SLICE(W) ((W) <= 64 ? 64 : 128)
+
+/* Bytes of dynamic shared memory that kvq_cuda_attend_W needs for heads of padded width d. */
+KVQ_BOTH uint32_t kvq_cuda_attend_shared(int W, int d) {
+    const uint32_t rows = 16 * KVQ_CUDA_ATTEND_WARPS(W), row = ((uint32_t)d + 8) * 2;
+    const uint32_t keys = 40 * row, values = 40 * 2 * (uint32_t)KVQ_CUDA_ATTEND_SLICE(W);
+    return 2 * rows * row + (keys > values ? keys : values) + rows * 2 * 8 * 4;
+}
+
+#endif
