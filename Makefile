@@ -8,10 +8,11 @@ CFLAGS ?= -O3 -g
 KVQ_CFLAGS = -std=c11 -D_GNU_SOURCE -fPIC -ffp-contract=off -fvisibility=hidden \
              -Wall -Wextra $(WERROR) -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Icore $(CFLAGS)
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-LIBS = -lm -lpthread
+LIBS = -lm -lpthread -ldl
 
-CORE = $(sort $(wildcard core/*.c core/kv/*.c core/isa/*.c))
-HEADERS = $(sort $(wildcard core/*.h core/*.def core/*/*.h core/*/*.def core/*/*.inl tests/c/*.h))
+CORE = $(sort $(wildcard core/*.c core/kv/*.c core/isa/*.c core/cuda/*.c))
+HEADERS = $(sort $(wildcard core/*.h core/*.def core/*/*.h core/*/*.def core/*/*.inl \
+                   core/cuda/kernels/*.h tests/c/*.h))
 TESTS_C = $(sort $(wildcard tests/c/*.c))
 C_FILES = $(CORE) $(TESTS_C) $(filter %.h %.inl,$(HEADERS)) $(wildcard bench/*.c tests/fuzz/*.[ch])
 EXTENSION = pykvq/_native.abi3.so
@@ -74,7 +75,7 @@ $(BUILD)/%.o: %.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(KVQ_CFLAGS) -c $< -o $@
 
-$(BUILD)/libkvq.a: $(CORE:%.c=$(BUILD)/%.o)
+$(BUILD)/libkvq.a: $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/core/cuda/images.o
 	@rm -f $@
 	$(AR) rcs $@ $^
 
@@ -100,12 +101,15 @@ test-arm64: ## run the tests of the core on NEON, cross-compiled and under emula
 	KVQ_ISA=neon $(QEMU_ARM64) $(BUILD)/arm64/tests_c
 	KVQ_ISA=ref $(QEMU_ARM64) $(BUILD)/arm64/tests_c
 
-$(BUILD)/tests_c_sanitized: $(TESTS_C) $(CORE) $(HEADERS)
+$(BUILD)/tests_c_sanitized: $(TESTS_C) $(CORE) $(BUILD)/core/cuda/images.o $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(KVQ_CFLAGS) $(SANITIZE) $(TESTS_C) $(CORE) $(LIBS) -o $@
+	$(CC) $(KVQ_CFLAGS) $(SANITIZE) $(TESTS_C) $(CORE) $(BUILD)/core/cuda/images.o $(LIBS) -o $@
 
 sanitize: $(BUILD)/tests_c_sanitized ## run the tests of the core under ASan and UBSan
 	$(BUILD)/tests_c_sanitized
+
+include core/cuda/images.mk
+include tests/cuda/cuda.mk
 
 # ---- fuzzing ------------------------------------------------------------------------------------
 
@@ -179,9 +183,10 @@ quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_D
 
 SPEED = --fill --kv skvq,auto,f16,q8_0 --peer-kv f16,q8_0 --repetitions 5 --prompt-depth 0
 
-speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 6 minutes)
+speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 10 minutes)
 	$(PY) bench/speed.py smollm2 --depths 0,2048,8192 $(SPEED) --generate 32
 	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,8192,32768 $(SPEED) --generate 16
+	$(PY) bench/speed.py smollm2 --depths 0 --prompt 8192 --generate 0 --kv skvq --peer-kv f16 --repetitions 3
 
 $(BUILD)/7b-shape.gguf: models/make_7b_shape.py $(VENV)/.ready
 	@mkdir -p $(@D)

@@ -53,6 +53,7 @@ struct kvq_model {
 #include "tensors.def"
 #undef KVQ_MODEL_TENSOR
     kvq_layer *layers; /* [n_layers] */
+    struct kvq_cuda_weights **uploaded; /* head of a list (cuda/cuda_weights.h) */
 };
 
 /* Fills everything but `file`, which must be set; allocates `layers`. */

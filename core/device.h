@@ -57,12 +57,15 @@ typedef struct kvq_span {
     int n;                /* tokens */
     int held;             /* tokens in the cache before them: the position of the first */
     const float *cos_sin; /* [n][d_rope] of their positions, in memory of the host */
-    float *logits;        /* where KVQ_BUFFER_LOGITS goes in the end, in memory of the host */
+    float *logits;        /* where LOGITS go in the end, in memory of the host; NULL: not wanted */
+    bool is_watched;      /* buffers will be read between the steps */
 } kvq_span;
 
 typedef struct kvq_device kvq_device;
 
 typedef struct kvq_device_ops {
+    /* Makes room for so many sealed blocks. Where it fails nothing has changed. */
+    kvq_status (*reserve)(kvq_device *device, int n_blocks);
     /* A span comes, whose residual stream is x[n][d_model], in memory of the host. */
     void (*begin)(kvq_device *device, const kvq_span *span, const float *x);
     /* NORMED[t] = norm of X[first + t], for n tokens */

@@ -131,6 +131,12 @@ void kvq_cpu_embed(kvq_cpu *cpu, const int32_t *tokens, int n, int held) {
     for_tokens(cpu, n, embed_token, tokens);
 }
 
+static kvq_status reserve(kvq_device *device, int n_blocks) {
+    (void)device;
+    (void)n_blocks; /* all memory is there since the session was opened */
+    return KVQ_OK;
+}
+
 static void begin(kvq_device *device, const kvq_span *span, const float *x) {
     kvq_cpu *const cpu = cpu_of(device);
     (void)x; /* it is this device that embeds: it has them */
@@ -268,6 +274,7 @@ static uint8_t *block_of(kvq_device *device, int layer, int head, int side, int 
 
 void kvq_cpu_init(kvq_cpu *cpu) {
     static const kvq_device_ops ops = {
+        .reserve = reserve,
         .begin = begin,
         .norm = norm,
         .multiply = multiply,

@@ -50,6 +50,10 @@ static void run_head(kvq_forward *f, kvq_device *device, int n, kvq_logits which
     device->ops->multiply(device, KVQ_BUFFER_NORMED, &output, 1, n - first);
 }
 
+kvq_status kvq_forward_reserve(kvq_forward *f, int n_blocks) {
+    return f->gpu ? f->gpu->ops->reserve(f->gpu, n_blocks) : KVQ_OK;
+}
+
 static bool is_stopped(const kvq_pass *pass) {
     return (pass->progress && pass->progress(pass->user, pass->n_done, pass->n_total)) ||
            atomic_load_explicit(pass->cancelled, memory_order_relaxed);
@@ -62,7 +66,11 @@ kvq_status kvq_forward_run(kvq_forward *f, const kvq_pass *pass) {
     const kvq_span span = {.n = pass->n,
                            .held = f->rings[0].n,
                            .cos_sin = f->cpu.cos_sin,
-                           .logits = pass->which == KVQ_LOGITS_NONE ? NULL : pass->logits};
+                           .logits = pass->which == KVQ_LOGITS_NONE ? NULL : pass->logits,
+                           .is_watched =
+                               f->observer || (pass->which != KVQ_LOGITS_NONE && !f->head_on_gpu)};
+    const kvq_status room = kvq_forward_reserve(f, kvq_ring_sealed_after(&f->rings[0], span.n));
+    if (room != KVQ_OK) return room;
     kvq_cpu_embed(&f->cpu, pass->tokens, span.n, span.held);
     cpu->ops->begin(cpu, &span, x);
     for (int l = 0; l < n_layers; l++) {

@@ -36,6 +36,9 @@ typedef struct kvq_pass {
 } kvq_pass;
 kvq_status kvq_forward_run(kvq_forward *f, const kvq_pass *pass);
 
+/* Makes room for so many sealed blocks on all devices. */
+kvq_status kvq_forward_reserve(kvq_forward *f, int n_blocks);
+
 /* The device that has a layer. */
 static inline kvq_device *kvq_device_of(kvq_forward *f, int layer) {
     return layer < f->n_layers_cpu ? &f->cpu.device : f->gpu;

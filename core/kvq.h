@@ -178,6 +178,9 @@ kvq_status kvq_scheme_describe(int32_t index, int32_t d_head, kvq_scheme_info *o
 
 /* ---- session ----------------------------------------------------------------------------- */
 
+/* Called before each layer of each pass, on the calling thread; returning non-zero cancels. */
+typedef int32_t (*kvq_progress)(void *user, int32_t n_done, int32_t n_total);
+
 typedef struct kvq_session_options {
     const char *scheme; /* NULL: "skvq" */
     int32_t n_ctx; /* tokens that the cache holds; 0: the smaller of the trained context and 4096 */
@@ -199,10 +202,16 @@ typedef struct kvq_session_options {
     /* 1: each thread but the caller's stays on one processor: the n-th on the n-th that the process
      * may use, in every session alike. KVQ_ERR_UNSUPPORTED where the system has no call for it. */
     int32_t pin_threads;
+    /* Where layers run: "cpu"; "cuda" or "cuda:1", an error where there is no such device that
+     * pykvq can use; "auto" (or NULL): the first device that can be used, with as many layers as
+     * fit its free memory, else the CPU. kvq_session_stats says what it became. */
+    const char *device;
+    /* Layers on a GPU, counted from the last; the output matrix goes there too where they are more
+     * than the model has. -1: all, or with "auto" as many as fit. */
+    int32_t n_gpu_layers;
+    kvq_progress upload; /* called while weights go to a GPU, in MiB; NULL: nobody looks */
+    void *upload_user;
 } kvq_session_options;
-
-/* Called before each layer of each pass, on the calling thread; returning non-zero cancels. */
-typedef int32_t (*kvq_progress)(void *user, int32_t n_done, int32_t n_total);
 
 typedef enum kvq_logits { KVQ_LOGITS_NONE = 0, KVQ_LOGITS_LAST = 1, KVQ_LOGITS_ALL = 2 } kvq_logits;
 
@@ -218,8 +227,14 @@ typedef struct kvq_session_stats {
     uint64_t bytes_tables;                   /* the profile, where it is used: sessions share it */
     uint64_t bytes_scratch;                  /* what a pass works in */
     uint64_t bytes_weights;                  /* of the model, mapped: its sessions share them */
-    uint64_t bytes_total;                    /* weights, cache, tables and scratch */
-    double bits_sealed_k, bits_sealed_v;     /* per element of a sealed block, metadata included */
+    uint64_t bytes_total;                    /* weights, cache, tables and scratch, wherever */
+    int32_t gpu;                             /* index of the CUDA device; -1: all runs on the CPU */
+    int32_t n_gpu_layers;                    /* layers there: the last ones */
+    int32_t gpu_head;                        /* 1: the output matrix too */
+    /* The GPU's part of the bytes above, once the context is full, with what its alignment adds;
+     * and what is allocated there now (0 for a plan). */
+    uint64_t bytes_gpu, bytes_gpu_now;
+    double bits_sealed_k, bits_sealed_v; /* per element of a sealed block, metadata included */
     /* Bits per element of the whole cache (sinks, sealed blocks, recent rows, all metadata,
      * tables): bits_full once n_ctx tokens fill it, bits_used for the n_tokens that it holds now.
      */
@@ -355,8 +370,9 @@ typedef struct kvq_device_info {
     int32_t bytes_l2;
     int32_t bytes_shared; /* shared memory that one thread block can have */
     int32_t integrated;   /* its memory is that of the processor */
-    int32_t usable;       /* whether sessions can run on it */
-    char why_not[512];    /* where not, one full sentence */
+    const char *kernels; /* the toolkit that built those that it takes, e.g. "CUDA 13.0"; or NULL */
+    int32_t usable;      /* whether sessions can run on it */
+    char why_not[512];   /* where not, one full sentence */
 } kvq_device_info;
 
 /* Devices here, usable or not. For 0, kvq_error() says why there are none: no driver, one that is

@@ -4,9 +4,9 @@
 #include <time.h>
 
 #include "cpu.h"
-#include "forward.h"
 #include "kv/kv_digest.h"
 #include "ops.h"
+#include "session_part.h"
 
 #define KVQ_VERSION "0.1.0"
 
@@ -18,7 +18,11 @@ typedef kvq_status open_file(kvq_gguf **out, const char *path);
 
 static kvq_status open_model(kvq_model **out, const char *path, open_file *open) {
     kvq_model *const model = kvq_alloc(sizeof *model);
-    if (!model) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory to open %.100s.", path);
+    if (model) model->uploaded = kvq_alloc(sizeof *model->uploaded);
+    if (!model || !model->uploaded) {
+        kvq_model_close(model);
+        return kvq_fail(KVQ_ERR_MEMORY, "There is no memory to open %.100s.", path);
+    }
     kvq_status status = open(&model->file, path);
     if (status == KVQ_OK && (status = kvq_arch_bind(model)) != KVQ_OK) {
         kvq_fail_in(status, kvq_gguf_label(model->file));
@@ -49,6 +53,7 @@ static kvq_status require_weights(const kvq_model *model, const char *what) {
 void kvq_model_close(kvq_model *model) {
     if (!model) return;
     kvq_free(model->layers);
+    kvq_free(model->uploaded);
     kvq_gguf_close(model->file);
     kvq_free(model);
 }
@@ -147,26 +152,6 @@ kvq_status kvq_model_tensor_values(const kvq_model *model, uint64_t index, float
 }
 
 /* ---- session ----------------------------------------------------------------------------- */
-
-struct kvq_session {
-    const kvq_model *model;
-    const kvq_scheme *scheme;
-    kvq_track *tracks; /* [n_layers][KVQ_SIDES][n_kv_heads] */
-    double bits[KVQ_SIDES];
-    size_t table_bytes;
-    bool uses_profile;
-    kvq_turns turns; /* n_pairs 0: no track has waves */
-    int n_ctx, n_batch, n_threads, sinks, window, topk;
-    int most_batch; /* as asked for; n_batch is at most n_ctx */
-    kvq_forward forward;
-    kvq_pool *pool;
-    uint8_t *kv, *scratch; /* NULL: only planned */
-    size_t kv_bytes, scratch_bytes;
-    kvq_ring_bytes bytes;
-    atomic_int cancelled;
-    uint64_t n_evaluated;
-    double seconds_evaluated;
-};
 
 /* A value between least and most, or `otherwise` where the caller left it open. */
 static kvq_status choose(const char *name, int32_t value, int32_t open, int otherwise, int least,
@@ -270,9 +255,11 @@ static const kvq_track *tracks_of(const kvq_session *s, uint32_t layer) {
 /* Lays out the caches of all layers, then the scratch. */
 static void lay_out_kv(kvq_session *s, kvq_arena *arena) {
     const kvq_config *const c = &s->model->config;
+    kvq_arena elsewhere = {0}; /* a GPU has its layers' bytes; their numbers are needed here */
     s->bytes = (kvq_ring_bytes){0};
     for (uint32_t l = 0; l < c->n_layers; l++) {
-        kvq_ring_lay_out(&s->forward.rings[l], arena, &s->bytes, tracks_of(s, l),
+        kvq_arena *const memory = (int)l < s->forward.n_layers_cpu ? arena : &elsewhere;
+        kvq_ring_lay_out(&s->forward.rings[l], memory, &s->bytes, tracks_of(s, l),
                          s->turns.n_pairs ? &s->turns : NULL, (int)c->n_kv_heads, (int)c->d_head,
                          s->sinks, s->window, s->n_ctx);
     }
@@ -290,28 +277,33 @@ static void lay_out_scratch(kvq_session *s, kvq_arena *arena) {
                           (int)c->d_head, s->n_batch, s->n_threads);
 }
 
-/* Lays out everything in no memory: what it would take. */
-static void measure(kvq_session *s) {
+kvq_status kvq_session_measure(kvq_session *s) {
     kvq_arena kv = {0}, scratch = {0};
     lay_out_kv(s, &kv);
     lay_out_scratch(s, &scratch);
     s->kv_bytes = kv.used;
     s->scratch_bytes = scratch.used;
+    s->gpu_bytes = (kvq_cuda_bytes){0};
+    if (!s->placement.n_layers_gpu) return KVQ_OK;
+    const kvq_cuda_options options = kvq_session_cuda_options(s);
+    return kvq_cuda_measure(&s->gpu_bytes, &options, s->gpu_processors);
 }
 
 static uint64_t bytes_total(const kvq_session *s) {
-    return s->model->bytes_weights + s->kv_bytes + s->table_bytes + s->scratch_bytes;
+    return kvq_session_host_bytes(s) + kvq_session_gpu_bytes(s);
 }
 
-/* The longest context that fits, 0 if none does: every part grows with the context, or stays.
- * Leaves the session measured for another context. */
-static int longest_context(kvq_session *s, uint64_t memory) {
+typedef uint64_t bytes_of(const kvq_session *s);
+
+/* The longest context for which `bytes` fit, 0 if none does: every part grows with the context, or
+ * stays. Leaves the session measured for another context. */
+static int longest_context(kvq_session *s, bytes_of *bytes, uint64_t memory) {
     int fits = 0, too_long = MOST_TOKENS + 1;
     while (too_long - fits > 1) {
         const int n_ctx = fits + (too_long - fits) / 2;
         set_context(s, n_ctx);
-        measure(s);
-        *(bytes_total(s) <= memory ? &fits : &too_long) = n_ctx;
+        const bool measured = kvq_session_measure(s) == KVQ_OK;
+        *(measured && bytes(s) <= memory ? &fits : &too_long) = n_ctx;
     }
     return fits;
 }
@@ -320,11 +312,11 @@ static int longest_context(kvq_session *s, uint64_t memory) {
  * process: so what does not fit is refused here. Weights count too: the system can drop mapped
  * pages, but every token reads them all, from the disk then. */
 static kvq_status check_memory(kvq_session *s) {
-    const uint64_t available = kvq_memory_available(), needed = bytes_total(s);
+    const uint64_t available = kvq_memory_available(), needed = kvq_session_host_bytes(s);
     if (needed <= available) return KVQ_OK;
-    const double weights = (double)s->model->bytes_weights, scratch = (double)s->scratch_bytes;
-    const double kv = (double)(s->kv_bytes + s->table_bytes);
-    const int n_ctx = s->n_ctx, longest = longest_context(s, available);
+    const double scratch = (double)s->scratch_bytes, kv = (double)(s->kv_bytes + s->table_bytes);
+    const double weights = (double)needed - scratch - kv;
+    const int n_ctx = s->n_ctx, longest = longest_context(s, kvq_session_host_bytes, available);
     char advice[80] = "no smaller n_ctx would fit";
     if (longest) snprintf(advice, sizeof advice, "choose a smaller n_ctx, at most %d", longest);
     return kvq_fail(
@@ -367,11 +359,12 @@ static kvq_status allocate(kvq_session *s) {
 
 /* A session that is measured, but has no memory and no threads. */
 static kvq_status new_session(kvq_session **out, const kvq_model *model,
-                              const kvq_session_options *options) {
+                              const kvq_session_options *options, bool is_plan) {
     kvq_session *const s = kvq_alloc(sizeof *s);
     if (!s) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
     s->model = s->forward.model = s->forward.cpu.device.model = model;
     s->forward.n_layers_cpu = (int)model->config.n_layers;
+    s->placement.gpu = -1;
     kvq_status status = read_options(s, options);
     if (status == KVQ_OK) status = kvq_isa_choose(&s->forward.cpu.isa);
     if (status == KVQ_OK) status = make_plan(s, options);
@@ -381,11 +374,11 @@ static kvq_status new_session(kvq_session **out, const kvq_model *model,
         if (!s->forward.rings)
             status = kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
     }
+    if (status == KVQ_OK) status = kvq_session_place(s, options, is_plan);
     if (status != KVQ_OK) {
         kvq_session_close(s);
         return status;
     }
-    measure(s);
     *out = s;
     return KVQ_OK;
 }
@@ -394,7 +387,7 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
                             const kvq_session_options *options) {
     kvq_session *s;
     kvq_status status = require_weights(model, "a session");
-    if (status == KVQ_OK) status = new_session(&s, model, options);
+    if (status == KVQ_OK) status = new_session(&s, model, options, false);
     if (status != KVQ_OK) return status;
     if (!options->no_memory_check) status = check_memory(s);
     if (status == KVQ_OK) status = allocate(s);
@@ -408,12 +401,23 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
     cpu->attention.isa = cpu->isa;
     cpu->attention.clock = &cpu->clock;
     kvq_cpu_init(cpu);
+    if (s->placement.n_layers_gpu) {
+        kvq_cuda_options gpu = kvq_session_cuda_options(s);
+        gpu.upload = options->upload;
+        gpu.user = options->upload_user;
+        status = kvq_cuda_open(&s->forward.gpu, &gpu);
+        if (status != KVQ_OK) {
+            kvq_session_close(s);
+            return status;
+        }
+    }
     *out = s;
     return KVQ_OK;
 }
 
 void kvq_session_close(kvq_session *session) {
     if (!session) return;
+    kvq_cuda_close(session->forward.gpu);
     kvq_pool_close(session->pool);
     kvq_free(session->forward.rings);
     kvq_free(session->tracks);
@@ -426,7 +430,7 @@ void kvq_session_close(kvq_session *session) {
 kvq_status kvq_session_plan(const kvq_model *model, const kvq_session_options *options,
                             kvq_session_stats *out) {
     kvq_session *s;
-    const kvq_status status = new_session(&s, model, options);
+    const kvq_status status = new_session(&s, model, options, true);
     if (status != KVQ_OK) return status;
     kvq_session_describe(s, out);
     kvq_session_close(s);
@@ -438,9 +442,10 @@ kvq_status kvq_session_longest(const kvq_model *model, const kvq_session_options
     kvq_session *s;
     kvq_session_options any_context = *options;
     any_context.n_ctx = 0;
-    const kvq_status status = new_session(&s, model, &any_context);
+    const kvq_status status = new_session(&s, model, &any_context, true);
     if (status != KVQ_OK) return status;
-    *n_ctx = longest_context(s, memory);
+    *n_ctx =
+        longest_context(s, s->placement.n_layers_gpu ? kvq_session_gpu_bytes : bytes_total, memory);
     kvq_session_close(s);
     return KVQ_OK;
 }
@@ -478,6 +483,12 @@ kvq_status kvq_session_simulate(kvq_session *session, kvq_simulator simulator, v
                         "Quantizers are simulated in a cache of the scheme f16, but this session's "
                         "is %s.",
                         session->scheme->name);
+    }
+    if (session->placement.n_layers_gpu) {
+        return kvq_fail(KVQ_ERR_UNSUPPORTED,
+                        "Quantizers are simulated on the CPU; this session has %d layers on CUDA "
+                        "device %d.",
+                        session->placement.n_layers_gpu, session->placement.gpu);
     }
     if (simulator && !cpu->simulated) {
         cpu->simulated = kvq_alloc((size_t)c->n_kv_heads * KVQ_BLOCK * c->d_head * sizeof(float));
@@ -588,6 +599,8 @@ kvq_status kvq_session_fill(kvq_session *session, int32_t n) {
                         "repeated; %d more seal the first one.",
                         held(session), kvq_ring_until_seal(ring));
     }
+    const kvq_status room = kvq_forward_reserve(&session->forward, ring->n_sealed + blocks);
+    if (room != KVQ_OK) return room;
     for (uint32_t l = 0; l < session->model->config.n_layers; l++) {
         kvq_device *const device = kvq_device_of(&session->forward, (int)l);
         device->ops->repeat(device, (int)l, blocks);
@@ -647,10 +660,15 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         .bytes_sealed_k = s->bytes.sealed[KVQ_KEYS],
         .bytes_sealed_v = s->bytes.sealed[KVQ_VALUES],
         .bytes_recent = s->bytes.recent,
-        .bytes_scratch = s->scratch_bytes,
+        .bytes_scratch = s->scratch_bytes + s->gpu_bytes.scratch,
         .bytes_tables = s->table_bytes,
         .bytes_weights = s->model->bytes_weights,
         .bytes_total = bytes_total(s),
+        .gpu = s->placement.gpu,
+        .n_gpu_layers = s->placement.n_layers_gpu,
+        .gpu_head = s->placement.head_on_gpu,
+        .bytes_gpu = kvq_session_gpu_bytes(s),
+        .bytes_gpu_now = s->forward.gpu ? kvq_cuda_bytes_now(s->forward.gpu) : 0,
         .bits_sealed_k = s->bits[KVQ_KEYS],
         .bits_sealed_v = s->bits[KVQ_VALUES],
         .bits_full = 8.0 * (double)(total + s->table_bytes) / (per_token * s->n_ctx),

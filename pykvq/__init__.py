@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Cancelled,
         ChatTemplateError,
         ContextError,
+        DeviceError,
         DownloadError,
         KvqError,
         MemoryLimitError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pykvq.generation import Chunk, Generation, Stream
     from pykvq.model import Model, ModelInfo
     from pykvq.native import Scheme, schemes
+    from pykvq.native_device import Device, Devices, devices
     from pykvq.native_session import SessionStats
     from pykvq.sampling_params import SamplingParams
     from pykvq.session import Session
@@ -39,6 +41,9 @@ __all__ = [
     "ChatTemplateError",
     "Chunk",
     "ContextError",
+    "Device",
+    "DeviceError",
+    "Devices",
     "DownloadError",
     "Generation",
     "KvqError",
@@ -55,6 +60,7 @@ __all__ = [
     "TokenizerError",
     "UnsupportedError",
     "__version__",
+    "devices",
     "schemes",
 ]
 
@@ -62,6 +68,7 @@ _HOMES = {
     "generation": ("Chunk", "Generation", "Stream"),
     "model": ("Model", "ModelInfo"),
     "native": ("Scheme", "schemes"),
+    "native_device": ("Device", "Devices", "devices"),
     "native_session": ("SessionStats",),
     "sampling_params": ("SamplingParams",),
     "session": ("Session",),

@@ -39,7 +39,7 @@ ffibuilder.set_source(
     '#include "kvq.h"',
     include_dirs=["core"],
     extra_objects=[LIBRARY],
-    libraries=["m", "pthread"],
+    libraries=["m", "pthread", "dl"],
     py_limited_api=True,
     depends=[LIBRARY, "core/kvq.h"],
 )

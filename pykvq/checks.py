@@ -13,6 +13,7 @@ SESSION_RANGES: Mapping[str, tuple[int, int]] = {
     "kv_sinks": (0, 4096),
     "kv_window": (0, 2**28),
     "kv_topk": (0, 2**28),
+    "n_gpu_layers": (0, 65536),
 }
 
 #: The most memory that a plan can be made for, in bytes.

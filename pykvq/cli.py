@@ -119,6 +119,11 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, default=None)
+    parser.add_argument(
+        "--devices",
+        action="store_true",
+        help="show the CPU and the CUDA devices of this machine instead",
+    )
     options.add_context(parser, "as it was trained")
     options.add_kv(parser, many=True, default=None)
     options.add_topk(parser)

@@ -87,8 +87,7 @@ def _announce(args: argparse.Namespace, model: Model, session: Session, form: st
     s = session.stats
     notice(
         f"{model.info.name}; KV cache {_cache(args, s)}"
-        f"{options.profile_note(model, s.uses_profile)}; {s.isa}, {s.n_threads}"
-        f" thread{'s' if s.n_threads > 1 else ''}; {form}."
+        f"{options.profile_note(model, s.uses_profile)}; {options.device_note(model, s)}; {form}."
     )
     options.warn_of_key_bias(model, [s.scheme])
 

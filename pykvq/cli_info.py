@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Sized
 from dataclasses import asdict
@@ -34,12 +35,16 @@ def info(args: argparse.Namespace) -> int:
             raise UsageError(
                 "-c, --profile and the options of KV schemes are about a model, but none is named."
             )
-        facts = _installation()
+        facts = _machine() if args.devices else _installation()
         if args.json:
             print(json.dumps(facts))
+        elif args.devices:
+            _show_machine(facts)
         else:
             _show_installation(facts)
         return 0
+    if args.devices:
+        raise UsageError("--devices is about this machine, but a model is named.")
     from pykvq.native import scheme_named
 
     names = _named(args)
@@ -109,6 +114,56 @@ def _show_installation(facts: dict[str, Any]) -> None:
     console.print(f"instruction set: {facts['isa']} (of {', '.join(facts['isa_available'])})")
     console.print(f"known models: {', '.join(facts['models'])}\n")
     console.print(table)
+
+
+def _machine() -> dict[str, Any]:
+    from pykvq import native
+    from pykvq.native_device import devices
+
+    with options.checked():
+        selected = native.isa_selected()
+    beside = devices()
+    return {
+        "cpu": {
+            "isa": selected,
+            "isa_available": native.isa_available(),
+            "threads": _threads(),
+            "bytes_available": native.memory_available(),
+        },
+        "devices": [asdict(device) for device in beside.found],
+        "why_none": beside.why_none,
+    }
+
+
+def _threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _show_machine(facts: dict[str, Any]) -> None:
+    cpu = facts["cpu"]
+    print(f"cpu: {cpu['isa']} (of {', '.join(cpu['isa_available'])})")
+    print(f"  threads: {cpu['threads']}")
+    print(f"  memory: {size(cpu['bytes_available'])} available")
+    for device in facts["devices"]:
+        memory = f"{size(device['bytes_total'])}, {size(device['bytes_free'])} free"
+        bus = f"{device['memory_bus_bits']} bits at {device['memory_clock_hz'] / 1e6:.0f} MHz"
+        clock = f"{device['clock_hz'] / 1e6:.0f} MHz"
+        print(f"{device['name']}: {device['model']}")
+        print(f"  compute capability: {device['compute_capability']}")
+        print(f"  CUDA of the driver: {device['driver']}")
+        print(f"  memory: {memory}{' (that of the CPU)' if device['integrated'] else ''}")
+        print(f"  memory bus: {bus}; L2 cache: {size(device['bytes_l2'])}")
+        print(f"  multiprocessors: {device['multiprocessors']} at {clock}")
+        print(
+            f"  kernels: built by {device['kernels']}"
+            if device["usable"]
+            else f"  cannot be used: {device['why_not']}"
+        )
+    if facts["why_none"]:
+        print(facts["why_none"])
 
 
 def _cost(model: Model, scheme: Scheme, n_ctx: int, given: dict[str, Any]) -> dict[str, Any]:

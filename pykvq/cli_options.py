@@ -21,6 +21,7 @@ from pykvq.errors import MemoryLimitError, SchemeError
 
 if TYPE_CHECKING:
     from pykvq.model import Model
+    from pykvq.native_session import SessionStats
     from pykvq.session import Session
 
 #: The model that is used where none is named.
@@ -340,8 +341,29 @@ def add_session(
     add_profile(group)
 
 
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Where layers run."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; `pykvq info --devices` lists them (default: auto, the first GPU"
+        " that can be used, with as many layers as fit, else the CPU)",
+    )
+    parser.add_argument(
+        "-ngl",
+        "--n-gpu-layers",
+        "--gpu-layers",
+        type=count(0),
+        metavar="N",
+        help="layers on the GPU, counted from the last, the output matrix after all of them"
+        " (default: all)",
+    )
+
+
 def add_opening(parser: argparse.ArgumentParser) -> None:
     """How `open_session` opens one."""
+    add_device(parser)
     parser.add_argument(
         "--pin-threads",
         action="store_true",
@@ -362,11 +384,25 @@ def open_session(args: argparse.Namespace, model: Model, n_ctx: int) -> Session:
                 n_ctx=n_ctx,
                 memory_check=not args.no_memory_check,
                 pin_threads=args.pin_threads,
+                device=args.device,
+                n_gpu_layers=args.n_gpu_layers,
             )
     except MemoryLimitError as error:
         if args.no_memory_check:
             raise
         raise UsageError(f"{error} -c gives n_ctx; --no-memory-check tries it anyway.") from error
+
+
+def device_note(model: Model, s: SessionStats) -> str:
+    """What runs where, in words."""
+    threads = f"{s.isa}, {s.n_threads} thread{'s' if s.n_threads > 1 else ''}"
+    if s.gpu is None:
+        return threads
+    n = model.info.n_layers
+    layers = f"all {n} layers" if s.n_gpu_layers == n else f"{s.n_gpu_layers} of {n} layers"
+    head = " and the output" if s.gpu_head else ""
+    rest = "" if s.gpu_head else f", the rest on the CPU ({threads})"
+    return f"{layers}{head} on CUDA device {s.gpu}{rest}"
 
 
 def kv_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class MemoryLimitError(KvqError):
     """The memory that is needed exceeds what is available or allowed."""
 
 
+class DeviceError(KvqError):
+    """A device or its driver failed, or is not there."""
+
+
 class Cancelled(KvqError):
     """The work was stopped by a call to cancel or by Ctrl-C."""
 

@@ -118,6 +118,8 @@ class Model(Closing):
         profile: str | os.PathLike[str] | Literal[False] | None = None,
         memory_check: bool = True,
         pin_threads: bool = False,
+        device: str = "auto",
+        n_gpu_layers: int | None = None,
         header_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -148,6 +150,11 @@ class Model(Closing):
             pin_threads: Whether each thread of a session but the caller's stays on one processor,
                 the n-th on the n-th in every session; where the system has no call for it,
                 sessions are refused.
+            device: Where layers run: "cpu"; "cuda" or "cuda:1", an error where there is no such
+                device that can be used; "auto": the first device that can be used, with as many
+                layers as fit its memory, else the CPU. `Session.stats` says what it became.
+            n_gpu_layers: Layers on the GPU, counted from the last, the output matrix after all of
+                them; by default all, or with "auto" as many as fit.
             header_only: Whether the file may end behind its header. A model without weights
                 (`has_weights`) can be asked what it is and plan sessions, but open none.
             progress: Told how far downloads and long prompts are.
@@ -166,6 +173,7 @@ class Model(Closing):
             "n_batch": n_batch,
             "kv_window": kv_window,
             "kv_sinks": kv_sinks,
+            "n_gpu_layers": n_gpu_layers,
         }
         for name, value in numbers.items():
             if value is not None:
@@ -178,6 +186,7 @@ class Model(Closing):
             "asymkv_layers": asymkv_layers,
             "memory_check": memory_check,
             "pin_threads": pin_threads,
+            "device": device,
             "progress": progress,
         }
         self._profile: Path | Literal[False] | None = None
@@ -351,6 +360,8 @@ class Model(Closing):
         asymkv_layers: tuple[int, int] | None = None,
         memory_check: bool | None = None,
         pin_threads: bool | None = None,
+        device: str | None = None,
+        n_gpu_layers: int | None = None,
         progress: Progress | None = None,
     ) -> Session:
         """Opens a session: an empty timeline of tokens with a KV cache of its own.
@@ -364,6 +375,7 @@ class Model(Closing):
             ValueError: A number is out of range, the scheme needs a profile and there is none, or
                 the model was closed.
             MemoryLimitError: Weights and cache do not fit into the memory.
+            DeviceError: The device that is named is not there, or cannot be used.
         """
         given = {
             "kv": kv,
@@ -377,6 +389,8 @@ class Model(Closing):
             "asymkv_layers": asymkv_layers,
             "memory_check": memory_check,
             "pin_threads": pin_threads,
+            "device": device,
+            "n_gpu_layers": n_gpu_layers,
             "progress": progress,
         }
         options = self._session_options(given)

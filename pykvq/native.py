@@ -1,8 +1,8 @@
 """The C core, with Python's types: statuses become exceptions, structs become dataclasses.
 
 Owns the C handles of models and profiles and their lifetimes; `pykvq.native_session` has those of
-sessions. Nothing else in the package calls the core. Knows no tokenizer and no numpy, so that
-importing it is quick.
+sessions, `pykvq.native_device` describes devices. Nothing else in the package calls the core. Knows
+no tokenizer and no numpy, so that importing it is quick.
 
 A handle is closed once: by `close`, or when the last reference to it goes.
 """
@@ -21,6 +21,7 @@ from pykvq._native import ffi, lib
 from pykvq.errors import (
     Cancelled,
     ContextError,
+    DeviceError,
     KvqError,
     MemoryLimitError,
     ModelError,
@@ -42,6 +43,7 @@ _EXCEPTIONS: Final[dict[int, type[Exception]]] = {
     lib.KVQ_ERR_MEMORY: MemoryLimitError,
     lib.KVQ_ERR_CONTEXT: ContextError,
     lib.KVQ_CANCELLED: Cancelled,
+    lib.KVQ_ERR_DEVICE: DeviceError,
 }
 
 

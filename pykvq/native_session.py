@@ -58,6 +58,11 @@ class SessionStats:
         bytes_scratch: Everything else that the session allocated.
         bytes_weights: The model's weights, which are mapped; sessions share them.
         bytes_total: Weights, cache, tables and scratch.
+        gpu: Index of the CUDA device that has layers; None where all run on the CPU.
+        n_gpu_layers: Layers there: the last ones.
+        gpu_head: Whether the output matrix is there too.
+        bytes_gpu: The GPU's part of the bytes above, once the context is full, alignment included.
+        bytes_gpu_now: What is allocated there now; 0 for a plan.
         bits_sealed_k: Bits per element of a sealed block of keys, all its metadata included.
         bits_sealed_v: The same for values.
         bits_full: Bits per element of a full context, everything included.
@@ -91,6 +96,11 @@ class SessionStats:
     bytes_scratch: int
     bytes_weights: int
     bytes_total: int
+    gpu: int | None
+    n_gpu_layers: int
+    gpu_head: bool
+    bytes_gpu: int
+    bytes_gpu_now: int
     bits_sealed_k: float
     bits_sealed_v: float
     bits_full: float
@@ -130,6 +140,11 @@ def _stats(raw: CData) -> SessionStats:
         bytes_scratch=int(raw.bytes_scratch),
         bytes_weights=int(raw.bytes_weights),
         bytes_total=int(raw.bytes_total),
+        gpu=int(raw.gpu) if raw.gpu >= 0 else None,
+        n_gpu_layers=int(raw.n_gpu_layers),
+        gpu_head=bool(raw.gpu_head),
+        bytes_gpu=int(raw.bytes_gpu),
+        bytes_gpu_now=int(raw.bytes_gpu_now),
         bits_sealed_k=float(raw.bits_sealed_k),
         bits_sealed_v=float(raw.bits_sealed_v),
         bits_full=float(raw.bits_full),
@@ -163,8 +178,22 @@ class _Options:
         l_v: int = -1,
         memory_check: bool = True,
         pin_threads: bool = False,
+        device: str = "auto",
+        n_gpu_layers: int = -1,
+        upload: Callable[[int, int], None] | None = None,
     ) -> None:
         self._name = ffi.new("char[]", scheme.encode())
+        self._device = ffi.new("char[]", device.encode())
+        self._upload = ffi.NULL
+        self.error: BaseException | None = None  # of `upload`
+        if upload is not None:
+
+            @ffi.callback("kvq_progress", onerror=self._keep_error)
+            def uploaded(_: CData, done: int, total: int) -> int:
+                upload(done, total)
+                return 0
+
+            self._upload = uploaded
         self.profile = profile
         self.raw = ffi.new(
             "kvq_session_options *",
@@ -182,8 +211,16 @@ class _Options:
                 "l_v": l_v,
                 "no_memory_check": not memory_check,
                 "pin_threads": pin_threads,
+                "device": self._device,
+                "n_gpu_layers": n_gpu_layers,
+                "upload": self._upload,
             },
         )
+
+
+    def _keep_error(self, kind: type, error: BaseException, trace: object) -> None:
+        """An exception of a callback cannot pass through C."""
+        self.error = self.error or error
 
 
 def plan_session(model: ModelHandle, **numbers: Any) -> SessionStats:
@@ -230,6 +267,9 @@ class SessionHandle:
         out = ffi.new("kvq_session **")
         with model.lock:
             check(lib.kvq_session_open(out, model.pointer, options.raw))
+        if options.error is not None:
+            lib.kvq_session_close(out[0])
+            raise options.error
         self._pointer = out[0]
         self._pid = os.getpid()
         self._lock = threading.Lock()

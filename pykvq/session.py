@@ -10,6 +10,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -62,6 +63,8 @@ def core_options(
     asymkv_layers: tuple[int, int] | None,
     memory_check: bool = True,
     pin_threads: bool = False,
+    device: str = "auto",
+    n_gpu_layers: int | None = None,
 ) -> dict[str, Any]:
     """The options of `Model.session`, checked, as `SessionHandle` takes them."""
     native.scheme_named(kv)
@@ -80,6 +83,8 @@ def core_options(
         "l_v": l_v,
         "memory_check": memory_check,
         "pin_threads": pin_threads,
+        "device": device,
+        "n_gpu_layers": _option("n_gpu_layers", n_gpu_layers, -1),
     }
 
 
@@ -111,7 +116,8 @@ class Session(Closing):
         """Opens a session with `core_options`; see `Model.session`."""
         self.model = model
         self._progress = progress
-        self._handle = SessionHandle(handle, **options)
+        upload = None if progress is None else partial(progress, "weights to the GPU (MiB)")
+        self._handle = SessionHandle(handle, upload=upload, **options)
         stats = self._handle.stats()
         self._n_batch = stats.n_batch
         self._n_vocab = model.info.n_vocab

@@ -10,8 +10,8 @@
 void kvq_store_scales(uint8_t *half, uint8_t *codes, float *scale, int n) {
     float largest = 0;
     for (int i = 0; i < n; i++) largest = fmaxf(largest, scale[i]);
-    const uint16_t unit_half = kvq_f32_to_f16(fminf(largest / 255.0f * 1.001f, 65504.0f));
-    const float unit = kvq_f16_to_f32(unit_half), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+    const uint16_t unit_half = kvq_unit_of(largest, 255.0f);
+    const float unit = kvq_f16_to_f32(unit_half), inverse = kvq_inverse_or_zero(unit);
     memcpy(half, &unit_half, 2);
     for (int i = 0; i < n; i++) {
         codes[i] = (uint8_t)kvq_clamped(scale[i] * inverse + 0.5f, 0, 255);
@@ -22,7 +22,7 @@ void kvq_store_scales(uint8_t *half, uint8_t *codes, float *scale, int n) {
 void kvq_store_mean(uint8_t *half, uint8_t *codes, float *mean, int d) {
     float largest = 0;
     for (int c = 0; c < d; c++) largest = fmaxf(largest, fabsf(mean[c]));
-    const uint16_t unit_half = kvq_f32_to_f16(fminf(largest / 127.0f * 1.001f, 65504.0f));
+    const uint16_t unit_half = kvq_unit_of(largest, 127.0f);
     const float unit = kvq_f16_to_f32(unit_half), inverse = kvq_inverse_or_zero(unit);
     memcpy(half, &unit_half, 2);
     for (int c = 0; c < d; c++) {

@@ -1,8 +1,7 @@
 /* kv_codec_c8.c: c8, pairs of channels as points of a plane. */
 #include "kv/kv_codec_parts.h"
 
-const int8_t kvq_c8_x[8] = {21, 28, 54, 95, -21, -28, -54, -95};
-const int8_t kvq_c8_y[8] = {-19, -92, 60, -19, 19, 92, -60, 19};
+const int8_t kvq_c8_x[8] = {KVQ_C8_X}, kvq_c8_y[8] = {KVQ_C8_Y};
 
 /* The points at unit scale; points 4..7 are 0..3 negated. */
 typedef struct c8_points {
@@ -18,9 +17,6 @@ static c8_points c8_make_points(void) {
     for (int i = 0; i < 4; i++) p.half_square[i] = 0.5f * (p.x[i] * p.x[i] + p.y[i] * p.y[i]);
     return p;
 }
-
-/* The first channel of a pair; the second one is two further. */
-static int c8_channel(int pair) { return pair / 2 * 4 + pair % 2; }
 
 /* Numbers by channel, so that all tokens of a block can be worked on side by side; and codes by
  * pair. */
@@ -39,8 +35,8 @@ static void c8_choose(c8_codes code, const c8_columns x, int width, const float 
             py[p] = points->y[p] * inverse;
         }
         for (int pair = 0; pair < width / 2; pair++) {
-            const kvq_four first = kvq_load_four(x[c8_channel(pair)] + t);
-            const kvq_four second = kvq_load_four(x[c8_channel(pair) + 2] + t);
+            const kvq_four first = kvq_load_four(x[kvq_c8_channel(pair)] + t);
+            const kvq_four second = kvq_load_four(x[kvq_c8_channel(pair) + 2] + t);
             kvq_four most = (kvq_four){0} - INFINITY;
             kvq_four_ints best = {0};
             for (int p = 0; p < 4; p++) {
@@ -68,11 +64,11 @@ static void c8_fit_scales(float *scale, float *stretch, c8_codes code, const c8_
         scale[t] = sqrtf(power[t] / (float)width);
         stretch[t] = 1.0f;
     }
-    for (int round = 0; round < 2; round++) {
+    for (int round = 0; round < KVQ_FIT_ROUNDS; round++) {
         float xy[KVQ_BLOCK] = {0}, yy[KVQ_BLOCK] = {0};
         c8_choose(code, x, width, scale, points);
         for (int pair = 0; pair < width / 2; pair++) {
-            const int c = c8_channel(pair);
+            const int c = kvq_c8_channel(pair);
             for (int t = 0; t < KVQ_BLOCK; t++) {
                 const float px = points->x[code[pair][t]], py = points->y[code[pair][t]];
                 xy[t] += x[c][t] * px + x[c + 2][t] * py;
@@ -86,9 +82,6 @@ static void c8_fit_scales(float *scale, float *stretch, c8_codes code, const c8_
         }
     }
 }
-
-/* Where the first word of a pair lies among the words of a block; they are 64 bytes apart. */
-static size_t c8_pair_at(int pair) { return (size_t)pair / 8 * 192 + (size_t)pair % 8 * 8; }
 
 /* The three words of a pair (kv_format.h). */
 static void c8_put(uint8_t *word, const int32_t code[KVQ_BLOCK]) {
@@ -130,7 +123,7 @@ void kvq_encode_c8(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh)
         c8_choose(code + g * width / 2, x + g * width, width, scale + g * KVQ_BLOCK, &points);
     }
     for (int pair = 0; pair < d / 2; pair++) {
-        c8_put(block + kvq_c8_words(sh) + c8_pair_at(pair), code[pair]);
+        c8_put(block + kvq_c8_words(sh) + kvq_c8_pair_at(pair), code[pair]);
     }
 }
 
@@ -140,7 +133,7 @@ void kvq_decode_c8(float *x, const uint8_t *block, const kvq_kv_shape *sh) {
     const uint8_t *const words = block + kvq_c8_words(sh);
     for (int t = 0; t < KVQ_BLOCK; t++) {
         for (int pair = 0; pair < d / 2; pair++) {
-            const int first = c8_channel(pair), code = c8_get(words + c8_pair_at(pair), t);
+            const int first = kvq_c8_channel(pair), code = c8_get(words + kvq_c8_pair_at(pair), t);
             const float scale =
                 unit * (float)block[KVQ_C8_SCALES + first / sh->group * KVQ_BLOCK + t];
             x[t * d + first] = scale * (float)kvq_c8_x[code];

@@ -7,16 +7,8 @@
  */
 #include "kv/kv_codec_parts.h"
 
-enum { ROUNDS = 2, MOST_LEVELS = 16 };
-
-#define N2_LEVELS -1.5104f, -0.4528f, 0.4528f, 1.5104f
-const float kvq_n2_level[8] = {N2_LEVELS, N2_LEVELS};
-const float kvq_n3_level[8] = {-2.1520f, -1.3439f, -0.7560f, -0.2451f,
-                               0.2451f,  0.7560f,  1.3439f,  2.1520f};
-const float kvq_nf4_level[16] = {-1.0f,        -0.69619280f, -0.52507305f, -0.39491749f,
-                                 -0.28444138f, -0.18477343f, -0.09105004f, 0.0f,
-                                 0.07958030f,  0.16093020f,  0.24611230f,  0.33791524f,
-                                 0.44070983f,  0.56261700f,  0.72295684f,  1.0f};
+const float kvq_n2_level[8] = {KVQ_N2_LEVELS}, kvq_n3_level[8] = {KVQ_N3_LEVELS};
+const float kvq_nf4_level[16] = {KVQ_NF4_LEVELS};
 
 /* The nearest level to each x[c] * inverse, by the middles between neighbours that it reaches.
  * Level by level, since that vectorizes everywhere. */
@@ -40,7 +32,7 @@ static float fit_scale(const float *x, int d, const float *level, int levels) {
         for (int i = 0; i < 16; i++) power.of[i] += x[c + i] * x[c + i];
     }
     float scale = sqrtf(kvq_total(&power) / (float)d);
-    for (int round = 0; round < ROUNDS && scale > 0; round++) {
+    for (int round = 0; round < KVQ_FIT_ROUNDS && scale > 0; round++) {
         float xy = 0, yy = 0;
         choose(code, x, d, 1.0f / scale, level, levels);
         for (int c = 0; c < d; c++) {

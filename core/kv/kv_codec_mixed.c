@@ -49,7 +49,7 @@ static kvq_four_ints codes_of(const float *x, kvq_four inverse, int half) {
  * stretched by: to the least-squares step for these codes, and beyond. */
 static void fit_steps(float step[4], float stretch[4], const mixed_rows x, int c, float normal_step,
                       int half) {
-    static const float factors[] = {0.7f, 0.85f, 1.0f, 1.2f, 1.5f, 2.0f};
+    static const float factors[] = {KVQ_MIXED_FACTORS};
     const float middle = (float)half - 0.5f;
     float least[4];
     kvq_four power = {0};

@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "kv/kv_codec.h"
+#include "kv/kv_codec_math.h"
 
 #define KVQ_CODEC(NAME, MULTIPLE, SUMMARY)                                                         \
     void kvq_encode_##NAME(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh);          \
@@ -21,51 +22,6 @@ void kvq_store_scales(uint8_t *half, uint8_t *codes, float *scale, int n);
 
 /* The same for the mean of a block, with signs: mean[d] becomes what is stored. */
 void kvq_store_mean(uint8_t *half, uint8_t *codes, float *mean, int d);
-
-/* x as an integer in lo..hi; NaN gives lo, so that hostile weights cannot make a conversion
- * undefined. */
-static inline int kvq_clamped(float x, int lo, int hi) {
-    return x > (float)lo ? (x < (float)hi ? (int)x : hi) : lo;
-}
-
-/* What levels fitted by least squares are stretched by, from the sums of x * x, x * y and y * y
- * over numbers x and levels y.
- *
- * Least squares make what is read back too short: along x it is 1 - D of x, where D is the relative
- * error. Attention averages over many tokens, in which the rest of the error cancels out and this
- * does not. Undone whole (`part` 1), <x, read back> = <x, x>: the estimate has no bias, as in
- * RaBitQ (arXiv 2405.12497, section 3). Codes are chosen before, for the scales that fit best. */
-static inline float kvq_stretch(float xx, float xy, float yy, float part) {
-    const float kept = xx > 0 && yy > 0 ? xy * xy / (xx * yy) : 1.0f; /* 1 - D */
-    const float left = 1.0f - part * (1.0f - kept);
-    return left > 0.25f ? 1.0f / left : 4.0f;
-}
-
-/* How much of it is undone. Values: all, since weights average them. Keys: half, since what noise
- * adds to a logit raises its weight on average (E[e^x] > e^E[x]), as the whole would. Measured:
- * docs/schemes/skvq.md. */
-#define KVQ_STRETCH_KEYS 0.5f
-#define KVQ_STRETCH_VALUES 1.0f
-
-/* The step of 2^b uniform levels that quantizes a unit normal variable with least mean square error
- * (Max, 1960), for b bits. */
-#define KVQ_STEP_1 1.5958f
-#define KVQ_STEP_2 0.9957f
-#define KVQ_STEP_4 0.3352f
-#define KVQ_STEP_8 0.0308f
-
-static inline float kvq_inverse_or_zero(float x) { return x > 0 ? 1.0f / x : 0.0f; }
-
-/* Sums over a row in 16 partial sums: a fixed order that compilers can vectorize. */
-typedef struct kvq_partial_sums {
-    float of[16];
-} kvq_partial_sums;
-
-static inline float kvq_total(const kvq_partial_sums *p) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += p->of[i];
-    return sum;
-}
 
 /* Four lanes, in the vectors of gcc and clang: compilers make scalars of many a plain loop that
  * chooses. The arithmetic is the same on every machine. */

@@ -8,10 +8,7 @@
  */
 #include "kv/kv_codec_parts.h"
 
-const int8_t kvq_t1_level[16] = {30,  -92, 68,  -20, -60, 22,  -27, 60,
-                                 -58, 19,  -21, 90,  26,  -62, 56,  -25};
-const int8_t kvq_t2_level[16] = {126, 9,    60,  -53, 45,  -47, 18,  -12,
-                                 -13, -126, -83, 89,  -77, 65,  -24, 25};
+const int8_t kvq_t1_level[16] = {KVQ_T1_LEVELS}, kvq_t2_level[16] = {KVQ_T2_LEVELS};
 
 enum { LEVELS = 16, MOST_STATES = 8, MOST_WORDS = 4 };
 
@@ -77,17 +74,6 @@ static int next_window(int window, int code, int bits) {
     return window >> bits | code << (4 - bits);
 }
 
-/* Where the words of channel c begin; they lie 64 bytes apart. */
-static size_t words_of(int c, int bits) {
-    return ((size_t)(c / 16 * 2 * bits) * 16 + (size_t)(c % 16)) * 4;
-}
-
-/* The token at position p of a channel's stream (kv_format.h). */
-static int token_at(int p, int bits) {
-    const int fields = 8 / bits, codes = 4 * fields; /* of a byte, of a word */
-    return p / codes * codes + 4 * (p % fields) + p % codes / fields;
-}
-
 static void make_levels(float out[LEVELS], const int8_t level[LEVELS]) {
     for (int i = 0; i < LEVELS; i++) out[i] = KVQ_LEVEL_UNIT * (float)level[i];
 }
@@ -111,19 +97,20 @@ static inline __attribute__((always_inline)) void encode(uint8_t *block, const u
         float z[KVQ_BLOCK * 4], y[KVQ_BLOCK * 4]; /* in the order of the stream */
         uint32_t words[MOST_WORDS][4];
         for (int p = 0; p < KVQ_BLOCK; p++) {
-            const int t = token_at(p, bits);
+            const int t = kvq_t_token(p, bits);
             kvq_store_four(z + 4 * p, kvq_load_four(x[t] + c) * inverse[t]);
         }
         find_paths(words, y, z, level, bits);
         for (int p = 0; p < KVQ_BLOCK; p++) {
-            const int t = token_at(p, bits);
+            const int t = kvq_t_token(p, bits);
             for (int i = 4 * p; i < 4 * p + 4; i++) {
                 xy[t] += z[i] * y[i];
                 yy[t] += y[i] * y[i];
             }
         }
         for (int w = 0; w < 2 * bits; w++) {
-            memcpy(block + KVQ_T_HEADER + words_of(c, bits) + 64 * w, words[w], sizeof words[w]);
+            memcpy(block + KVQ_T_HEADER + kvq_t_words_at(c, bits) + 64 * w, words[w],
+                   sizeof words[w]);
         }
     }
     for (int t = 0; t < KVQ_BLOCK; t++) { /* the scale that fits the levels chosen, stretched */
@@ -137,10 +124,10 @@ static void decode(float *x, const uint8_t *block, int d, const int8_t level[LEV
     const int codes = 32 / bits; /* of a word */
     const float unit = kvq_load_f16(block) * KVQ_LEVEL_UNIT;
     for (int c = 0; c < d; c++) {
-        const uint8_t *const words = block + KVQ_T_HEADER + words_of(c, bits);
+        const uint8_t *const words = block + KVQ_T_HEADER + kvq_t_words_at(c, bits);
         int window = 0;
         for (int p = 0; p < KVQ_BLOCK; p++) {
-            const int t = token_at(p, bits);
+            const int t = kvq_t_token(p, bits);
             const uint32_t word = kvq_load_u32(words + 64 * (p / codes));
             const int code = (int)(word >> p % codes * bits) & ((1 << bits) - 1);
             window = next_window(window, code, bits);

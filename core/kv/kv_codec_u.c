@@ -1,27 +1,17 @@
 /* kv_codec_u.c: u1, u2 and u4, uniform levels around the mean of the block. */
 #include "kv/kv_codec_parts.h"
 
-enum { ROUNDS = 2, MOST_GROUPS = KVQ_D_MAX / 32 };
+enum { MOST_GROUPS = KVQ_D_MAX / 32 };
 
 typedef float u_rows[KVQ_BLOCK][KVQ_D_MAX];
 typedef float u_scales[MOST_GROUPS * KVQ_BLOCK]; /* of tokens, group by group of channels */
-
-/* x in steps -> the level that it falls to: code - (levels - 1) / 2. Beyond 1.5 * 2^23 floats have
- * no fractions, so that adding and subtracting it rounds, which vectorizes everywhere. */
-static inline float level_of(float x, float levels) {
-    static const float rounding = 12582912.0f;
-    const float lowest = 0.5f - 0.5f * levels, highest = 0.5f * levels - 0.5f;
-    const float level = x - 0.5f + rounding - rounding + 0.5f;
-    const float low = level > lowest ? level : lowest;
-    return low < highest ? low : highest;
-}
 
 /* Scales a[g][t] * b[c] such that x[t][c] / (a * b) has unit mean square along channels and along
  * tokens. */
 static void balance(u_scales a, float *b, const u_rows x, const kvq_kv_shape *sh) {
     const int d = sh->d, width = sh->group, groups = kvq_groups(sh);
     for (int i = 0; i < groups * KVQ_BLOCK; i++) a[i] = 1.0f;
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < KVQ_FIT_ROUNDS; round++) {
         float inverse[KVQ_D_MAX];
         for (int c = 0; c < d; c++) b[c] = 0;
         for (int t = 0; t < KVQ_BLOCK; t++) {
@@ -61,7 +51,7 @@ static void refine(u_scales a, float *b, const u_rows x, const kvq_kv_shape *sh,
         for (int g = 0; g < groups; g++) {
             const float scale = a[g * KVQ_BLOCK + t], over_a = kvq_inverse_or_zero(scale);
             for (int c = g * width; c < (g + 1) * width; c++) {
-                const float y = scale * level_of(x[t][c] * over_a * inverse[c], levels);
+                const float y = scale * kvq_level_of(x[t][c] * over_a * inverse[c], levels);
                 xy[c] += x[t][c] * y;
                 yy[c] += y * y;
             }
@@ -78,7 +68,7 @@ static void refine(u_scales a, float *b, const u_rows x, const kvq_kv_shape *sh,
             for (int c = g * width; c < (g + 1) * width; c += 16) {
                 for (int i = 0; i < 16; i++) {
                     const float y =
-                        b[c + i] * level_of(x[t][c + i] * over_a * inverse[c + i], levels);
+                        b[c + i] * kvq_level_of(x[t][c + i] * over_a * inverse[c + i], levels);
                     txy.of[i] += x[t][c + i] * y;
                     tyy.of[i] += y * y;
                 }
@@ -102,7 +92,7 @@ static void find_stretch(u_scales stretch, const u_scales a, const float *b, con
         for (int c = first; c < first + width; c += 16) {
             for (int k = 0; k < 16; k++) {
                 const float z = x[t][c + k];
-                const float y = b[c + k] * level_of(z * over_a * inverse[c + k], levels);
+                const float y = b[c + k] * kvq_level_of(z * over_a * inverse[c + k], levels);
                 xx.of[k] += z * z;
                 xy.of[k] += z * y;
                 yy.of[k] += y * y;
@@ -153,7 +143,7 @@ static void encode(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh,
     take_mean(block, means, x, d);
     balance(a, b, x, sh);
     for (int i = 0; i < groups * KVQ_BLOCK; i++) a[i] *= step;
-    for (int round = 0; round < ROUNDS; round++) refine(a, b, x, sh, levels);
+    for (int round = 0; round < KVQ_FIT_ROUNDS; round++) refine(a, b, x, sh, levels);
     find_stretch(stretch, a, b, x, sh, levels);
     for (int i = 0; i < groups * KVQ_BLOCK; i++) a[i] *= stretch[i];
     kvq_store_scales(block + 2, block + KVQ_U_SCALES, a, groups * KVQ_BLOCK);
@@ -162,7 +152,7 @@ static void encode(uint8_t *block, const uint16_t *rows, const kvq_kv_shape *sh,
         for (int c = 0; c < d; c++) {
             const int at = c / sh->group * KVQ_BLOCK + t;
             const float inverse = stretch[at] * kvq_inverse_or_zero(a[at] * b[c]);
-            const float level = level_of(x[t][c] * inverse, levels);
+            const float level = kvq_level_of(x[t][c] * inverse, levels);
             const place p = place_of(t, c, words, bits);
             codes[p.byte] |= (uint8_t)((int)(level + middle) << p.shift);
         }

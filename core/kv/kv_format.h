@@ -164,6 +164,21 @@ KVQ_BOTH size_t kvq_mixed_bytes(const kvq_kv_shape *sh) {
 KVQ_BOTH size_t kvq_t1_bytes(const kvq_kv_shape *sh) { return KVQ_T_HEADER + 8 * (size_t)sh->d; }
 KVQ_BOTH size_t kvq_t2_bytes(const kvq_kv_shape *sh) { return KVQ_T_HEADER + 16 * (size_t)sh->d; }
 
+/* c8: the first channel of a pair (the second one is two further), and where the first of its three
+ * words lies among the words of a block (they are 64 bytes apart). */
+KVQ_BOTH int kvq_c8_channel(int pair) { return pair / 2 * 4 + pair % 2; }
+KVQ_BOTH size_t kvq_c8_pair_at(int pair) { return (size_t)pair / 8 * 192 + (size_t)pair % 8 * 8; }
+
+/* t1, t2: where the first word of a channel lies among the words of a block (they are 64 bytes
+ * apart), and the token at place p of a channel's stream. */
+KVQ_BOTH size_t kvq_t_words_at(int c, int bits) {
+    return ((size_t)(c / 16 * 2 * bits) * 16 + (size_t)(c % 16)) * 4;
+}
+KVQ_BOTH int kvq_t_token(int p, int bits) {
+    const int fields = 8 / bits, codes = 4 * fields; /* of a byte, of a word */
+    return p / codes * codes + 4 * (p % fields) + p % codes / fields;
+}
+
 KVQ_BOTH size_t kvq_n_bytes(const kvq_kv_shape *sh, int bits) {
     return KVQ_N_HEADER + KVQ_BLOCK / 8 * (size_t)bits * (size_t)sh->d;
 }
@@ -171,9 +186,17 @@ KVQ_BOTH size_t kvq_n2_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 2)
 KVQ_BOTH size_t kvq_n3_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 3); }
 KVQ_BOTH size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 4); }
 
+/* Tables of levels are lists here, since host and device each keep arrays of their own. */
+
 /* Levels of n2 and n3: quantizers of least mean square error for a unit normal variable (Lloyd,
  * Max). nf4: NormalFloat4 of QLoRA (arXiv 2305.14314), for values over the largest of a row. The
  * table of n2 is repeated to 8 entries: any bit above a code's own may come along. */
+#define KVQ_N2_LEVELS -1.5104f, -0.4528f, 0.4528f, 1.5104f, -1.5104f, -0.4528f, 0.4528f, 1.5104f
+#define KVQ_N3_LEVELS -2.1520f, -1.3439f, -0.7560f, -0.2451f, 0.2451f, 0.7560f, 1.3439f, 2.1520f
+#define KVQ_NF4_LEVELS                                                                             \
+    -1.0f, -0.69619280f, -0.52507305f, -0.39491749f, -0.28444138f, -0.18477343f, -0.09105004f,     \
+        0.0f, 0.07958030f, 0.16093020f, 0.24611230f, 0.33791524f, 0.44070983f, 0.56261700f,        \
+        0.72295684f, 1.0f
 extern const float kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
 
 /* Levels of t1, t2 and points of c8 are small integers, which instruction sets multiply fastest, in
@@ -183,11 +206,15 @@ extern const float kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
 /* Levels of t1 and t2 for a normal variable of unit variance, by four bits of the stream, the last
  * one highest. Found by alternating the search for paths with means (Lloyd's algorithm over the
  * trellis; bench/train_trellis.c). */
+#define KVQ_T1_LEVELS 30, -92, 68, -20, -60, 22, -27, 60, -58, 19, -21, 90, 26, -62, 56, -25
+#define KVQ_T2_LEVELS 126, 9, 60, -53, 45, -47, 18, -12, -13, -126, -83, 89, -77, 65, -24, 25
 extern const int8_t kvq_t1_level[16], kvq_t2_level[16];
 
 /* Points of c8: the 8-point quantizer of least mean square error for a two-dimensional normal
  * distribution of unit variance (Lloyd's algorithm on a grid of 801 x 801; error 0.2012 per value).
  * Points 4..7 are 0..3 negated. */
+#define KVQ_C8_X 21, 28, 54, 95, -21, -28, -54, -95
+#define KVQ_C8_Y -19, -92, 60, -19, 19, 92, -60, 19
 extern const int8_t kvq_c8_x[8], kvq_c8_y[8];
 
 #endif

@@ -79,6 +79,12 @@ void kvq_ring_advance(kvq_ring *ring, int n) {
     }
 }
 
+int kvq_ring_sealed_after(const kvq_ring *ring, int n) {
+    const int rows = ring->n + n - ring->sinks;
+    const int sealed = rows >= ring->window ? (rows - ring->window) / KVQ_BLOCK : 0;
+    return sealed > ring->n_sealed ? sealed : ring->n_sealed;
+}
+
 void kvq_ring_seal(kvq_ring *ring, int n_sealed) {
     for (; ring->n_sealed < n_sealed; ring->n_sealed++) {
         for (int head = 0; head < ring->n_heads; head++) {
@@ -121,16 +127,20 @@ void kvq_ring_repeat(kvq_ring *ring, int n) {
     ring->n += n * KVQ_BLOCK;
 }
 
-static void unseal(const kvq_ring *ring, int block) {
+void kvq_ring_decode(const kvq_ring *ring, int head, int side, int block, const uint8_t *bytes,
+                     uint16_t *rows) {
+    const kvq_track *const track = &ring->track[side][head];
     float x[KVQ_BLOCK * KVQ_D_MAX];
+    kvq_codecs[track->codec].decode(x, bytes, &track->shape);
+    if (track->wave.n) kvq_wave_add(x, &track->wave, ring->turns, block, 1.0f, ring->d);
+    for (int i = 0; i < KVQ_BLOCK * ring->d; i++) rows[i] = kvq_f32_to_f16(x[i]);
+}
+
+static void unseal(const kvq_ring *ring, int block) {
     for (int head = 0; head < ring->n_heads; head++) {
         for (int side = 0; side < KVQ_SIDES; side++) {
-            uint16_t *const rows = kvq_ring_recent(ring, head, side, block * KVQ_BLOCK);
-            const kvq_track *const track = &ring->track[side][head];
-            kvq_codecs[track->codec].decode(x, kvq_ring_block(ring, head, side, block),
-                                            &track->shape);
-            if (track->wave.n) kvq_wave_add(x, &track->wave, ring->turns, block, 1.0f, ring->d);
-            for (int i = 0; i < KVQ_BLOCK * ring->d; i++) rows[i] = kvq_f32_to_f16(x[i]);
+            kvq_ring_decode(ring, head, side, block, kvq_ring_block(ring, head, side, block),
+                            kvq_ring_recent(ring, head, side, block * KVQ_BLOCK));
         }
     }
 }

@@ -45,6 +45,13 @@ void kvq_ring_lay_out(kvq_ring *ring, kvq_arena *arena, kvq_ring_bytes *bytes,
 void kvq_ring_append(const kvq_ring *ring, int head, int side, const uint16_t *rows, int n);
 void kvq_ring_advance(kvq_ring *ring, int n);
 
+/* Blocks that will be sealed once n more tokens are in. */
+int kvq_ring_sealed_after(const kvq_ring *ring, int n);
+
+/* The rows of a sealed block whose bytes are given, as the codes give them back. */
+void kvq_ring_decode(const kvq_ring *ring, int head, int side, int block, const uint8_t *bytes,
+                     uint16_t *rows);
+
 /* Tokens until one of them seals a block: at least 1. */
 int kvq_ring_until_seal(const kvq_ring *ring);
 

@@ -12,6 +12,8 @@
 
 #define KVQ_CUDA_D_MAX 256 /* the widest head that kernels take */
 
+#define KVQ_CUDA_MERGE_THREADS 128
+
 /* Queries come as rows: row r of a KV head is query head r % group of token r / group. */
 typedef struct kvq_cuda_attend_args {
     kvq_cuda_cache cache;

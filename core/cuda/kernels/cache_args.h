@@ -64,13 +64,17 @@ KVQ_BOTH uint8_t *kvq_cuda_block(const kvq_cuda_cache &cache, const kvq_cuda_tra
 }
 
 /* The row of index i (token n_sinks + i) of a head and side: in the recent rows, or among those of
- * the pass. */
+ * the pass. Pointers are chosen, not indexed: an index would copy the kernel's arguments to local
+ * memory. */
 KVQ_BOTH const uint16_t *kvq_cuda_row(const kvq_cuda_cache &cache, int head, int side, int i,
                                       int held) {
-    const int d = cache.d, fresh = cache.n_sinks + i - held;
-    if (fresh >= 0) return cache.new_rows[side] + ((size_t)head * cache.n_batch + fresh) * d;
-    return cache.recent[side] +
-           ((size_t)head * cache.recent_rows + (size_t)(i % cache.recent_rows)) * d;
+    const int fresh = cache.n_sinks + i - held;
+    const uint16_t *const rows =
+        fresh >= 0 ? (side ? cache.new_rows[1] : cache.new_rows[0])
+                   : (side ? cache.recent[1] : cache.recent[0]);
+    const size_t row = fresh >= 0 ? (size_t)head * cache.n_batch + fresh
+                                  : (size_t)head * cache.recent_rows + i % cache.recent_rows;
+    return rows + row * cache.d;
 }
 #endif
 

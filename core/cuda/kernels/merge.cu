@@ -4,11 +4,9 @@
 #include "cuda/kernels/attend_args.h"
 #include "cuda/kernels/basis.cuh"
 
-enum { MERGE_THREADS = 128 };
-
 /* out = what the heads of one row of queries see, divided by the sum of weights, out of the basis
  * of the values. Grid: rows of queries (n * group), KV heads. */
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
+extern "C" __global__ void __launch_bounds__(KVQ_CUDA_MERGE_THREADS, 1)
     kvq_cuda_merge(const kvq_cuda_merge_args a) {
     __shared__ __align__(16) float sums[KVQ_CUDA_D_MAX], spare[KVQ_CUDA_D_MAX];
     const kvq_cuda_cache &cache = a.cache;
@@ -21,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
     for (int s = 0; s < a.n_splits; s++) {
         sum += part[s * stride + d + 1] * expf(part[s * stride + d] - largest);
     }
-    for (int c = threadIdx.x; c < d; c += MERGE_THREADS) {
+    for (int c = threadIdx.x; c < d; c += KVQ_CUDA_MERGE_THREADS) {
         float x = 0;
         for (int s = 0; s < a.n_splits; s++) {
             x += part[s * stride + c] * expf(part[s * stride + d] - largest);
@@ -32,6 +30,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
     const float *const x = kvq_restore<1>(cache.tracks[cache.n_heads + head], sums, spare, d);
     const int t = row / cache.group, h = head * cache.group + row % cache.group;
     float *const out = a.out + ((size_t)t * cache.n_heads * cache.group + h) * cache.d_head;
-    for (int c = threadIdx.x; c < cache.d_head; c += MERGE_THREADS) out[c] = x[c];
+    for (int c = threadIdx.x; c < cache.d_head; c += KVQ_CUDA_MERGE_THREADS) out[c] = x[c];
 }
 KVQ_EXPORT_KERNEL(kvq_cuda_merge)

@@ -21,7 +21,9 @@ static __device__ __forceinline__ float kvq_half_at(const uint8_t *p) {
 
 static __device__ __forceinline__ uint32_t kvq_pack_halves(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&both);
+    uint32_t bits;
+    memcpy(&bits, &both, sizeof bits);
+    return bits;
 }
 
 static __device__ __forceinline__ kvq_eight kvq_unpack_f16(const uint8_t *block, int d, int t,

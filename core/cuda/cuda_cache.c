@@ -1,0 +1,170 @@
+/* cuda_cache.c: the cache of a CUDA device beyond a pass: room for it, truncation, early seals.
+ *
+ * What is rare goes over the host: a block that is cut is decoded there, by the same code.
+ */
+#include "cuda/cuda_state.h"
+#include "cuda/kernels/prepare_args.h"
+
+static const kvq_cuda_cache *cache_of(const kvq_cuda *cuda, int layer) {
+    return &cuda->caches[layer - cuda->first_layer];
+}
+
+/* Where a sealed block lies on the device. */
+static CUdeviceptr block_at(const kvq_cuda *cuda, int layer, int head, int side, int block) {
+    const kvq_config *const c = &cuda->device.model->config;
+    const size_t i =
+        ((size_t)(layer - cuda->first_layer) * KVQ_SIDES + (size_t)side) * c->n_kv_heads +
+        (size_t)head;
+    const kvq_cuda_track *const place = &cuda->placed[i];
+    return cuda->chunk_list[block / cuda->chunk_blocks] +
+           (uint64_t)cuda->chunk_blocks * place->bytes_before +
+           (uint64_t)(block % cuda->chunk_blocks) * place->stride + place->lead;
+}
+
+static void wait(kvq_cuda *cuda) {
+    kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
+}
+
+kvq_status kvq_cuda_cache_reserve(kvq_device *device, int n_blocks) {
+    kvq_cuda *const cuda = kvq_cuda_of(device);
+    const int wanted = (n_blocks + cuda->chunk_blocks - 1) / cuda->chunk_blocks;
+    kvq_status status = KVQ_OK;
+    if (cuda->status != KVQ_OK) return kvq_fail(cuda->status, "%s", cuda->error);
+    if (wanted <= cuda->n_chunks) return KVQ_OK;
+    kvq_cuda_enter(cuda);
+    while (cuda->n_chunks < wanted && status == KVQ_OK) {
+        CUdeviceptr *const chunk = &cuda->chunk_list[cuda->n_chunks];
+        const int tokens = cuda->n_chunks * cuda->chunk_blocks * KVQ_BLOCK;
+        /* A failure leaves all as it is: the session goes on with the context that it has. */
+        status = kvq_cuda_check(cuda->api, cuda->api->cuMemAlloc(chunk, cuda->chunk_bytes),
+                                "The context cannot grow beyond about %d tokens: cuMemAlloc of "
+                                "%.2f GB for sealed blocks",
+                                tokens, (double)cuda->chunk_bytes / 1e9);
+        if (status != KVQ_OK) break;
+        status =
+            kvq_cuda_check(cuda->api,
+                           cuda->api->cuMemcpyHtoD(kvq_cuda_address(cuda->chunks + cuda->n_chunks),
+                                                   chunk, sizeof *chunk),
+                           "cuMemcpyHtoD of an address");
+        if (status != KVQ_OK) {
+            cuda->api->cuMemFree(*chunk);
+            break;
+        }
+        cuda->n_chunks++;
+    }
+    kvq_cuda_leave(cuda);
+    return status;
+}
+
+/* Rows of a block that is cut return to f16 as the codes give them back. */
+static void unseal(kvq_cuda *cuda, int layer, int block) {
+    const kvq_ring *const ring = &cuda->device.rings[layer];
+    const kvq_cuda_cache *const cache = cache_of(cuda, layer);
+    uint16_t rows[KVQ_BLOCK * KVQ_CUDA_D_MAX];
+    const size_t row_bytes = (size_t)ring->d * sizeof *rows;
+    for (int head = 0; head < ring->n_heads; head++) {
+        for (int side = 0; side < KVQ_SIDES; side++) {
+            const size_t slot = (size_t)(block * KVQ_BLOCK % ring->recent_rows) +
+                                (size_t)head * (size_t)ring->recent_rows;
+            kvq_cuda_did(cuda,
+                         cuda->api->cuMemcpyDtoH(cuda->lent_room,
+                                                 block_at(cuda, layer, head, side, block),
+                                                 ring->track[side][head].block_bytes),
+                         "cuMemcpyDtoH of a sealed block");
+            if (cuda->status != KVQ_OK) return;
+            kvq_ring_decode(ring, head, side, block, cuda->lent_room, rows);
+            kvq_cuda_did(cuda,
+                         cuda->api->cuMemcpyHtoD(
+                             kvq_cuda_address(cache->recent[side] + slot * (size_t)ring->d), rows,
+                             KVQ_BLOCK * row_bytes),
+                         "cuMemcpyHtoD of rows");
+        }
+    }
+}
+
+void kvq_cuda_cache_truncate(kvq_device *device, int layer, int n) {
+    kvq_cuda *const cuda = kvq_cuda_of(device);
+    kvq_ring *const ring = &device->rings[layer];
+    if (n >= ring->n) return;
+    kvq_cuda_enter(cuda);
+    const int rows = n > ring->sinks ? n - ring->sinks : 0, whole = rows / KVQ_BLOCK;
+    if (whole < ring->n_sealed) {
+        if (rows % KVQ_BLOCK) unseal(cuda, layer, whole);
+        ring->n_sealed = whole;
+    }
+    ring->n = n;
+    kvq_cuda_leave(cuda);
+}
+
+void kvq_cuda_cache_seal(kvq_device *device, int layer, int n_sealed) {
+    kvq_cuda *const cuda = kvq_cuda_of(device);
+    kvq_ring *const ring = &device->rings[layer];
+    const kvq_cuda_step step = {
+        .held = ring->n, .sealed = ring->n_sealed, .seals = n_sealed - ring->n_sealed};
+    kvq_cuda_seal_args args = {.cache = *cache_of(cuda, layer)};
+    if (step.seals <= 0) return;
+    args.cache.step = cuda->seal_step;
+    kvq_cuda_enter(cuda);
+    kvq_cuda_did(cuda,
+                 cuda->api->cuMemcpyHtoD(kvq_cuda_address(cuda->seal_step), &step, sizeof step),
+                 "cuMemcpyHtoD of %zu bytes", sizeof step);
+    kvq_cuda_launch(cuda, KVQ_KERNEL_seal, (unsigned)(2 * ring->n_heads), (unsigned)step.seals, 1,
+                    KVQ_CUDA_CACHE_THREADS, kvq_cuda_seal_shared(ring->d), &args);
+    wait(cuda);
+    ring->n_sealed = n_sealed;
+    kvq_cuda_leave(cuda);
+}
+
+/* Moves the recent rows of one head and side to the slots of n blocks later. */
+static void move_recent(kvq_cuda *cuda, uint16_t *rows, const kvq_ring *ring, int n) {
+    const size_t block = KVQ_BLOCK * (size_t)ring->d * sizeof *rows;
+    const size_t slots = (size_t)ring->recent_rows / KVQ_BLOCK, bytes = slots * block;
+    const size_t moved = (size_t)n % slots * block;
+    const CUdeviceptr at = kvq_cuda_address(rows);
+    if (!moved) return;
+    kvq_cuda_did(cuda, cuda->api->cuMemcpyDtoH(cuda->staging, at, bytes), "cuMemcpyDtoH of rows");
+    if (cuda->status != KVQ_OK) return;
+    kvq_cuda_did(cuda, cuda->api->cuMemcpyHtoD(at + moved, cuda->staging, bytes - moved),
+                 "cuMemcpyHtoD of rows");
+    kvq_cuda_did(cuda, cuda->api->cuMemcpyHtoD(at, cuda->staging + bytes - moved, moved),
+                 "cuMemcpyHtoD of rows");
+}
+
+void kvq_cuda_cache_repeat(kvq_device *device, int layer, int n) {
+    kvq_cuda *const cuda = kvq_cuda_of(device);
+    kvq_ring *const ring = &device->rings[layer];
+    const kvq_cuda_cache *const cache = cache_of(cuda, layer);
+    kvq_cuda_enter(cuda);
+    for (int head = 0; head < ring->n_heads; head++) {
+        for (int side = 0; side < KVQ_SIDES; side++) {
+            for (int b = 0; b < n && cuda->status == KVQ_OK; b++) {
+                kvq_cuda_did(cuda,
+                             cuda->api->cuMemcpyDtoDAsync(
+                                 block_at(cuda, layer, head, side, ring->n_sealed + b),
+                                 block_at(cuda, layer, head, side, b % ring->n_sealed),
+                                 ring->track[side][head].block_bytes, cuda->stream),
+                             "cuMemcpyDtoDAsync of a sealed block");
+            }
+            const size_t first = (size_t)head * (size_t)ring->recent_rows * (size_t)ring->d;
+            move_recent(cuda, cache->recent[side] + first, ring, n);
+        }
+    }
+    wait(cuda);
+    ring->n_sealed += n;
+    ring->n += n * KVQ_BLOCK;
+    kvq_cuda_leave(cuda);
+}
+
+uint8_t *kvq_cuda_cache_lend(kvq_device *device, int layer, int head, int side, int block) {
+    kvq_cuda *const cuda = kvq_cuda_of(device);
+    kvq_cuda_enter(cuda);
+    cuda->lent_from = block_at(cuda, layer, head, side, block);
+    cuda->lent_bytes = device->rings[layer].track[side][head].block_bytes;
+    if (kvq_cuda_did(cuda,
+                     cuda->api->cuMemcpyDtoH(cuda->lent_room, cuda->lent_from, cuda->lent_bytes),
+                     "cuMemcpyDtoH of a sealed block")) {
+        cuda->lent = cuda->lent_room;
+    }
+    kvq_cuda_leave(cuda);
+    return cuda->lent_room;
+}

@@ -1,0 +1,12 @@
+/* probe_args.h: what kvq_cuda_probe (probe.cu) takes. */
+#ifndef PROBE_ARGS_H
+#define PROBE_ARGS_H
+
+#include <stdint.h>
+
+typedef struct probe_args {
+    uint32_t *out; /* [n], on the device */
+    uint32_t n, value;
+} probe_args;
+
+#endif

@@ -1,0 +1,117 @@
+/* state.h: all that the stand-in knows, and the frame that each of its functions runs in. */
+#pragma once
+
+#include <cstdarg>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "cusim.h"
+#include "stream.h"
+
+/* What the library shows: exports.map. */
+#define EXPORTED extern "C"
+
+/* A function of a module, with what the caller set for it. */
+struct CUfunc_st {
+    const cusim::Kernel *kernel;
+    std::string name;
+    unsigned most_dynamic_shared;
+};
+
+struct CUmod_st {
+    CUcontext context;
+    std::map<std::string, CUfunc_st> functions; // those that were asked for
+};
+
+namespace fakecuda {
+
+/* The objects of one type that were made and not released. */
+template <class T> class Handles {
+  public:
+    T *add(T object) { return made_.insert(new T(std::move(object))).first.operator*(); }
+    bool has(T *object) const { return made_.count(object) != 0; }
+    void remove(T *object) {
+        made_.erase(object);
+        delete object;
+    }
+    size_t count() const { return made_.size(); }
+    const std::set<T *> &all() const { return made_; }
+
+  private:
+    std::set<T *> made_;
+};
+
+struct Settings { // what the environment says
+    int n_devices = 1, version = 13000, capability = 87;
+    size_t bytes = size_t{4} << 30;
+    std::string failing; // function
+    int failing_call = 0;
+    CUresult failing_with = CUDA_ERROR_UNKNOWN;
+};
+
+enum class Needs { NOTHING, INITIALIZED, CONTEXT };
+
+class State {
+  public:
+    /* Runs `body` as the function `name` of the driver: one caller at a time; after the checks that
+     * every function makes; failing where the environment says so. */
+    template <class Body> CUresult call(const char *name, Needs needs, Body body) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        const CUresult fault = count_call(name);
+        const bool releases = is_release(name);
+        if (fault != CUDA_SUCCESS && !releases) return fault;
+        CUresult result = check(needs);
+        if (result == CUDA_SUCCESS) result = body();
+        if (result == CUDA_SUCCESS && current()) result = current()->spoiled;
+        return result == CUDA_SUCCESS ? fault : result;
+    }
+
+    void initialize();         // reads the environment
+    CUcontext current() const; // the context of the calling thread; NULL: none
+    std::vector<CUcontext> &stack() const;
+    CUresult drain_all();
+
+    /* Streams of the current context alone. The default stream is refused: work on it does not wait
+     * for streams that do not block, so whoever mixes the two gets results by luck. */
+    bool valid(CUstream stream);
+
+    bool captures() const;     // whether a stream of the current context does
+    CUresult break_captures(); // by a call that none allows
+
+    /* Counts and prints a fault of the caller. */
+    void violation(const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+    int leaks() const;
+    int violations() const { return n_violations_; }
+    int calls(const char *function);
+
+    Settings settings;
+    Memory memory;
+    std::vector<CUctx_st> devices;
+    Handles<CUstream_st> streams;
+    Handles<CUevent_st> events;
+    Handles<CUmod_st> modules;
+    Handles<CUgraph_st> graphs;
+    Handles<CUgraphExec_st> executables;
+
+  private:
+    CUresult count_call(const char *name);
+    CUresult check(Needs needs) const;
+    static bool is_release(const std::string &name);
+
+    std::mutex lock_;
+    std::map<std::string, int> n_calls_;
+    bool initialized_ = false, environment_read_ = false;
+    int n_violations_ = 0;
+
+    void read_environment();
+};
+
+State &state();
+
+/* Bytes of shared memory that a block can have on a device of this compute capability. */
+int most_shared(int capability);
+
+} // namespace fakecuda
