@@ -2,10 +2,12 @@
 
     python bench/speed.py smollm2
     python bench/speed.py /tmp/7b-shape.gguf --depths 0,8192,32768 --prompt 256 --fill
+    python bench/speed.py smollm2 --depths 0 --prompt 8192 --generate 0
     python bench/speed.py /tmp/7b-shape.gguf --alone --depths 0,1000000 --prompt 0 --fill
 
 Runs what `pykvq bench --peer llama.cpp` runs and writes bench/results/speed-MODEL-MACHINE.json;
-with --alone without llama.cpp, to bench/results/speed-alone-MODEL-MACHINE.json. llama.cpp is
+with --alone without llama.cpp, to bench/results/speed-alone-MODEL-MACHINE.json; with
+--generate 0 of a prompt alone, to bench/results/prompt-MODEL-MACHINE.json. llama.cpp is
 `llama-cpp-python` (extra `oracle`), which should be compiled on this machine, so that it uses all
 that the processor has: `pip install --no-binary llama-cpp-python llama-cpp-python`.
 """
@@ -58,7 +60,7 @@ def main() -> None:
             progress=progress,
             announce=lambda result: print(report.line(result), flush=True),
         )
-    kind = "speed-alone" if args.alone else "speed"
+    kind = ("speed" if args.generate else "prompt") + ("-alone" if args.alone else "")
     path = save(f"{kind}-{model_slug(args.model)}-{machine_slug()}", record)
     print(report.render(record, "md"))
     print(path)

@@ -47,20 +47,25 @@ static uint64_t read_number(const char *folder, const char *name, const char *ke
 typedef struct version {
     const char *controller; /* as /proc/self/cgroup names it */
     const char *mount;
-    const char *limit, *used;      /* files that are a number */
+    const char *limit, *slowed;    /* files that are a number: what may be used, and fast */
+    const char *used;              /* and is */
     const char *active, *inactive; /* keys of memory.stat: cached files */
 } version;
 
 static const version versions[] = {
-    {"", "/sys/fs/cgroup", "memory.max", "memory.current", "active_file ", "inactive_file "},
-    {"memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+    {"", "/sys/fs/cgroup", "memory.max", "memory.high", "memory.current", "active_file ",
+     "inactive_file "},
+    {"memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", NULL, "memory.usage_in_bytes",
      "total_active_file ", "total_inactive_file "},
 };
 
-/* What one group leaves; UINT64_MAX where it does not limit ("max"). As in MemAvailable, cached
- * files do not count as used: mapped weights are such. */
+/* What one group leaves; UINT64_MAX where it does not limit ("max"). Beyond `slowed` the system
+ * makes processes wait with each page, so that counts as a limit. As in MemAvailable, cached files
+ * do not count as used: mapped weights are such. */
 static uint64_t left_in(const char *group, const version *v) {
-    const uint64_t limit = read_number(group, v->limit, "");
+    const uint64_t hard = read_number(group, v->limit, "");
+    const uint64_t soft = v->slowed ? read_number(group, v->slowed, "") : UINT64_MAX;
+    const uint64_t limit = soft < hard ? soft : hard;
     const uint64_t used = read_number(group, v->used, "");
     if (limit == UINT64_MAX || used == UINT64_MAX) return UINT64_MAX;
     const uint64_t active = read_number(group, "memory.stat", v->active);

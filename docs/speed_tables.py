@@ -86,12 +86,13 @@ def _about_speed(path: Path, data: Json, page: Path) -> str:
     model, settings, limits = data["model"], data["settings"], data["limits"]
     versions = data["versions"]
     peak = limits["int8_operations"]
+    generated = f", {settings['n_gen']} tokens generated each" if settings["n_gen"] else ""
     about = [
         f"{model['bytes_weights'] / 1e6:.0f} MB of weights; {data['machine']},"
         f" {limits['n_threads']} threads, {limits['isa']}; it reads"
         f" {limits['read_bytes'] / 1e9:.1f} GB/s and does"
         f" {_shown(peak and peak / 1e9, '.0f')} Gop/s in int8. Medians of"
-        f" {settings['repetitions']}, {settings['n_gen']} tokens generated each; {data['date']},"
+        f" {settings['repetitions']}{generated}; {data['date']},"
         f" load before {_shown(data['load_before'], '.1f')}; `{data['command']}`"
         f" {_record(path, page)}."
     ]
@@ -187,6 +188,15 @@ def _costs(data: Json) -> str:
         "MB of cache|GB/s|of the limit|attention, of its limit"
     )
     return table(head.split("|"), rows)
+
+
+def prompts(page: Path) -> str:
+    """Long prompts, from bench/results/prompt-*.json."""
+    parts = []
+    for path, data in records("prompt"):
+        title = title_of(data["model"]["file"], data["model"]["name"])
+        parts += [f"**{title}**, {_about_speed(path, data, page)}", *_prompts(data), *_ratios(data)]
+    return "\n\n".join(parts) or _missing("make speed")
 
 
 def speed_short(page: Path) -> str:
@@ -312,6 +322,7 @@ def fast_path(page: Path) -> str:
 MAKERS: Mapping[str, Callable[[Path], str]] = {
     "speed": speed,
     "speed-short": speed_short,
+    "prompts": prompts,
     "contention": contention,
     "startup": startup,
     "fast-path": fast_path,

@@ -123,6 +123,21 @@ def test_short_table_has_prompt_first_and_deepest_depth(results: Path) -> None:
     ]
 
 
+def test_long_prompts_have_a_table_of_their_own(results: Path) -> None:
+    data = record(peer=True, prompts=True)
+    data["settings"]["n_gen"] = 0
+    data["results"] = [r for r in data["results"] if r["test"] == "prompt"]
+    data["ratios_by"]["skvq"]["best"] = {"generation": {}, "prompt": {"0": 2.5}, "attention": {}}
+    (results / "prompt-m-x.json").write_text(json.dumps(data))
+    lines = speed_tables.prompts(PAGE).splitlines()
+    assert lines[0].startswith("**Some model**, 90 MB of weights")
+    assert "Medians of 5; 2026-01-02" in lines[0]
+    assert "| pykvq `skvq` | 500 |" in lines
+    assert "| llama.cpp `f16 + fa` | 200 |" in lines
+    assert lines[-1] == "| `skvq` | its best | prompt | 2.50 |"
+    assert "No measurement is kept" in speed_tables.speed(PAGE)
+
+
 def test_a_record_without_a_peer_shows_its_peak_of_memory(results: Path) -> None:
     (results / "speed-alone-m-x.json").write_text(json.dumps(record(peer=False, prompts=False)))
     made = speed_tables.speed(PAGE)

@@ -319,56 +319,117 @@ U_CODEC(u4, 4)
 
 /* ---- values in integers: c8, t1, t2 ------------------------------------------------------- */
 
-/* What the tokens of a block weigh for one query: p[t] times the scale of token t, as an integer
- * below 4096 in units of `unit`, in two planes of six bits (vw in vec_*.h). The rounding, 1.2e-4 of
- * the largest weight at most, is far below the error of the values themselves. A weight of 0 stays
- * 0. */
+/* What the tokens of a block weigh for one query: p[t] times the scale of token t, as an integer in
+ * units of `unit`. It is below 4096 and stands in two planes of six bits (vw in vec_*.h); or, where
+ * the low plane takes whole bytes and that is enough, below 256 and in the low plane alone. The
+ * rounding is far below the error of the values themselves. A weight of 0 stays 0. */
 typedef struct token_weights {
     uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
     float unit;
 } token_weights;
 
-/* For n queries. Not inlined, lest gcc keep the weights in registers, for which there are too many.
- */
-static __attribute__((noinline)) void weigh_tokens(token_weights *weights, const float *p, int n,
+/* Bytes are enough where the largest weight of the block is at most 1 / KV_BYTES_ENOUGH of all that
+ * was weighed so far: of the block's sum, or of a token that weighs 1 (the largest that the query
+ * has met does, by softmax) and whose scale is half of the block's largest. Rounding to 1 / 255 of
+ * that weight moves the result by no more than rounding to 1 / 4095 does where one token has all
+ * the weight. The choice depends on one query and its block only, not on what else is computed. */
+#define KV_BYTES_ENOUGH 16.0f
+#define KV_SCALE_OF_ONE 128.0f
+
+/* For n queries; returns whether the low planes hold all of it. Not inlined, lest gcc keep the
+ * weights in registers, for which there are too many. */
+static __attribute__((noinline)) bool weigh_tokens(token_weights *weights, const float *p, int n,
                                                    const uint8_t *scales, float scale_unit) {
-    static const float most = 4095.0f;
     _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][KVQ_BLOCK];
-    float largest[KV_QUERIES];
-    vf top[KV_QUERIES];
-    for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
+    float largest[KV_QUERIES], totals[KV_QUERIES];
+    vf top[KV_QUERIES], sum[KV_QUERIES];
+    bool all_low = VW_LOW_BYTES;
+    for (int i = 0; i < KV_QUERIES; i++) top[i] = sum[i] = vf_zero();
     for (int i = 0; i < n; i++) {
         for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
             const vf weight = vf_mul(vf_load(p + i * KVQ_BLOCK + t), vf_load_u8(scales + t));
             top[i] = vf_max(top[i], weight);
+            sum[i] = vf_add(sum[i], weight);
             vf_store(scaled[i] + t, weight);
         }
     }
     vf_largests(largest, top);
+    vf_sums(totals, sum);
     for (int i = 0; i < n; i++) {
+        const float weighed = totals[i] > KV_SCALE_OF_ONE ? totals[i] : KV_SCALE_OF_ONE;
+        const bool low = VW_LOW_BYTES && KV_BYTES_ENOUGH * largest[i] <= weighed;
+        const float most = low ? 255.0f : 4095.0f;
         const vf factor = vf_set(largest[i] > KV_NEGLIGIBLE ? most / largest[i] : 0.0f);
         for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {
             vi rounded[4];
             for (int v = 0; v < 4; v++) {
                 rounded[v] = vi_from_vf(vf_mul(vf_load(scaled[i] + t + v * VF_LANES), factor));
             }
-            vi_store_sixes(weights[i].high + t, weights[i].low + t, rounded);
+            if (low) {
+                for (int v = 0; v < 4; v++) {
+                    vi_store_i8((int8_t *)weights[i].low + t + v * VF_LANES, rounded[v]);
+                }
+                memset(weights[i].high + t, 0, 4 * VF_LANES);
+            } else {
+                vi_store_sixes(weights[i].high + t, weights[i].low + t, rounded);
+            }
         }
-        weights[i].unit = largest[i] * (1.0f / most) * scale_unit;
+        weights[i].unit = largest[i] / most * scale_unit;
+        all_low = all_low && low;
     }
+    return all_low;
 }
+
+/* s0 and s1 weighed by what the tokens from t on weigh for one query. */
+#if VW_LOW_BYTES
+#define KV_LOW_PLANE(ADD, LOAD)                                                                    \
+    if (all_low) return ADD(sum, LOAD(weights->low + t), s0, s1);
+#else
+#define KV_LOW_PLANE(ADD, LOAD) (void)all_low;
+#endif
+KV_INLINE vw vw_weigh(const bool all_low, vw sum, const token_weights *weights, int t, vb s0,
+                      vb s1) {
+    KV_LOW_PLANE(vw_add_low, v8_load)
+    return vw_add(sum, v8_load(weights->high + t), v8_load(weights->low + t), s0, s1);
+}
+KV_INLINE vp vp_weigh(const bool all_low, vp sum, const token_weights *weights, int t, vb s0,
+                      vb s1) {
+    KV_LOW_PLANE(vp_add_low, v16_load)
+    return vp_add(sum, v16_load(weights->high + t), v16_load(weights->low + t), s0, s1);
+}
+#undef KV_LOW_PLANE
 
 /* The points of the pairs at tokens t .. t + 7 and t + 8 .. t + 15, weighed into the sums of every
  * query. */
-KV_INLINE void c8_add(const int nq, vp *x, vp *y, vb code0, vb code1, const token_weights *weights,
-                      int t) {
+KV_INLINE void c8_add(const int nq, const bool all_low, vp *x, vp *y, vb code0, vb code1,
+                      const token_weights *weights, int t) {
     const vb x_of = vb_set8(kvq_c8_x), y_of = vb_set8(kvq_c8_y);
     const vb x0 = vb_lookup16(x_of, code0), x1 = vb_lookup16(x_of, code1);
     const vb y0 = vb_lookup16(y_of, code0), y1 = vb_lookup16(y_of, code1);
     KV_EACH(i, nq) {
-        const v16 high = v16_load(weights[i].high + t), low = v16_load(weights[i].low + t);
-        x[i] = vp_add(x[i], high, low, x0, x1);
-        y[i] = vp_add(y[i], high, low, y0, y1);
+        x[i] = vp_weigh(all_low, x[i], &weights[i], t, x0, x1);
+        y[i] = vp_weigh(all_low, y[i], &weights[i], t, y0, y1);
+    }
+}
+
+/* VF_LANES channels, half as many pairs. */
+KV_INLINE void c8_weigh(const int nq, const bool all_low, float *o, int d, const uint8_t *words,
+                        const token_weights *weights) {
+    const vb two_bits = vb_set(3);
+    vp x[KV_QUERIES], y[KV_QUERIES];
+    vb word[3];
+    KV_READ_AGAIN();
+    KV_EACH(i, nq) x[i] = y[i] = vp_zero();
+    _Pragma("GCC unroll 3") for (int w = 0; w < 3; w++) {
+        word[w] = vb_load_pairs(words + 64 * w);
+        c8_add(nq, all_low, x, y, word[w], vi_shr(word[w], 3), weights, 16 * w);
+    }
+    c8_add(nq, all_low, x, y, vb_select(two_bits, vi_shr(word[0], 6), vi_shr(word[2], 4)),
+           vb_select(two_bits, vi_shr(word[1], 6), vi_shr(word[2], 5)), weights, 48);
+    KV_EACH(i, nq) {
+        const vf sum = vf_from_vi(vp_total(x[i], y[i]));
+        float *const to = o + i * d;
+        vf_store(to, vf_fma(sum, vf_set(weights[i].unit), vf_load(to)));
     }
 }
 
@@ -377,27 +438,15 @@ KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint
     const int d = sh->d, group = sh->group;
     const float unit = load_half(block) * KVQ_LEVEL_UNIT;
     const uint8_t *scales = block + KVQ_C8_SCALES, *const words = block + kvq_c8_words(sh);
-    const vb two_bits = vb_set(3);
     for (int first = 0; first < d; first += group, scales += KVQ_BLOCK) {
         token_weights weights[KV_QUERIES];
-        weigh_tokens(weights, p, nq, scales, unit);
-        for (int c = first; c < first + group; c += VF_LANES) { /* half as many pairs */
+        const bool all_low = weigh_tokens(weights, p, nq, scales, unit);
+        for (int c = first; c < first + group; c += VF_LANES) {
             const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
-            vp x[KV_QUERIES], y[KV_QUERIES];
-            vb word[3];
-            KV_READ_AGAIN();
-            KV_EACH(i, nq) x[i] = y[i] = vp_zero();
-            _Pragma("GCC unroll 3") for (int w = 0; w < 3; w++) {
-                word[w] = vb_load_pairs(at + 64 * w);
-                c8_add(nq, x, y, word[w], vi_shr(word[w], 3), weights, 16 * w);
-            }
-            c8_add(nq, x, y, vb_select(two_bits, vi_shr(word[0], 6), vi_shr(word[2], 4)),
-                   vb_select(two_bits, vi_shr(word[1], 6), vi_shr(word[2], 5)), weights, 48);
-            KV_EACH(i, nq) {
-                const vf sum = vf_from_vi(vp_total(x[i], y[i]));
-                float *const to = o + i * d + c;
-                vf_store(to, vf_fma(sum, vf_set(weights[i].unit), vf_load(to)));
-            }
+            if (VW_LOW_BYTES && all_low)
+                c8_weigh(nq, true, o + c, d, at, weights);
+            else
+                c8_weigh(nq, false, o + c, d, at, weights);
         }
     }
 }

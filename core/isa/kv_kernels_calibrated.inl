@@ -192,41 +192,47 @@ static void add_waves(float *s, const float *factor, int n, const float *const *
 
 /* A channel to a lane: the windows of four tokens in a row stand in its four bytes, at each shift
  * of a word. A look-up ignores the bits above a window. */
+KV_INLINE void trellis_weigh(const int nq, const bool all_low, const int bits, vb levels, float *o,
+                             int d, const uint8_t *words, const token_weights *weights) {
+    const int fields = 8 / bits; /* of a byte */
+    vw sum[KV_QUERIES];
+    KV_READ_AGAIN();
+    KV_EACH(i, nq) sum[i] = vw_zero();
+    vi before = vi_zero();
+    for (int t = 0; t < KVQ_BLOCK; words += 64) {
+        const vi word = vi_load(words);
+        /* the windows that begin in the byte before theirs */
+        const vi entry = vi_or(vi_shl(word, 4 - bits), vi_shr(before, 28 + bits));
+        vb y[8];
+        _Pragma("GCC unroll 8") for (int k = 0; k < fields; k++) {
+            const vi window =
+                k * bits < 4 - bits ? vi_shr(entry, k * bits) : vi_shr(word, k * bits - (4 - bits));
+            y[k] = vb_lookup16(levels, window);
+        }
+        _Pragma("GCC unroll 4") for (int k = 0; k < fields; k += 2, t += 8) {
+            KV_EACH(i, nq) { sum[i] = vw_weigh(all_low, sum[i], &weights[i], t, y[k], y[k + 1]); }
+        }
+        before = word;
+    }
+    KV_EACH(i, nq) {
+        const vf total = vf_from_vi(vw_total(sum[i]));
+        float *const to = o + i * d;
+        vf_store(to, vf_fma(total, vf_set(weights[i].unit), vf_load(to)));
+    }
+}
+
 KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *level, float *o,
                                    const float *p, const uint8_t *block, int d) {
-    const int n_words = 2 * bits, fields = 8 / bits; /* fields: of a byte */
     const vb levels = vb_set16(level);
     token_weights weights[KV_QUERIES];
-    weigh_tokens(weights, p, nq, block + 4, load_half(block) * KVQ_LEVEL_UNIT);
+    const float unit = load_half(block) * KVQ_LEVEL_UNIT;
+    const bool all_low = weigh_tokens(weights, p, nq, block + 4, unit);
     for (int c = 0; c < d; c += VF_LANES) {
-        const uint8_t *words = block + KVQ_T_HEADER + (c / 16 * n_words * 16 + c % 16) * 4;
-        vw sum[KV_QUERIES];
-        KV_READ_AGAIN();
-        KV_EACH(i, nq) sum[i] = vw_zero();
-        vi before = vi_zero();
-        for (int t = 0; t < KVQ_BLOCK; words += 64) {
-            const vi word = vi_load(words);
-            /* the windows that begin in the byte before theirs */
-            const vi entry = vi_or(vi_shl(word, 4 - bits), vi_shr(before, 28 + bits));
-            vb y[8];
-            _Pragma("GCC unroll 8") for (int k = 0; k < fields; k++) {
-                const vi window = k * bits < 4 - bits ? vi_shr(entry, k * bits)
-                                                      : vi_shr(word, k * bits - (4 - bits));
-                y[k] = vb_lookup16(levels, window);
-            }
-            _Pragma("GCC unroll 4") for (int k = 0; k < fields; k += 2, t += 8) {
-                KV_EACH(i, nq) {
-                    const v8 high = v8_load(weights[i].high + t);
-                    sum[i] = vw_add(sum[i], high, v8_load(weights[i].low + t), y[k], y[k + 1]);
-                }
-            }
-            before = word;
-        }
-        KV_EACH(i, nq) {
-            const vf total = vf_from_vi(vw_total(sum[i]));
-            float *const to = o + i * d + c;
-            vf_store(to, vf_fma(total, vf_set(weights[i].unit), vf_load(to)));
-        }
+        const uint8_t *const words = block + KVQ_T_HEADER + (c / 16 * 2 * bits * 16 + c % 16) * 4;
+        if (VW_LOW_BYTES && all_low)
+            trellis_weigh(nq, true, bits, levels, o + c, d, words, weights);
+        else
+            trellis_weigh(nq, false, bits, levels, o + c, d, words, weights);
     }
 }
 

@@ -337,6 +337,7 @@ static inline vi vd_total(vd sum) { return vi_widen16(sum); }
 /* vw: sums of weighed bytes, each lane those of its four. A weight of 12 bits comes as its high and
  * low six: two products fit 16 bits then, and a second two may be added to them. */
 typedef vi vw;
+#define VW_LOW_BYTES 0 /* products with whole bytes do not fit */
 static inline vw vw_zero(void) { return vi_zero(); }
 static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
     const vi of_high = vi_add16(vi_madd_u8s8(high.first, s0), vi_madd_u8s8(high.last, s1));

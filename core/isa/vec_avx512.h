@@ -304,12 +304,20 @@ static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
 }
 static inline vi vw_total(vw sum) { return vi_add(vi_shl(sum.high, 6), sum.low); }
 
+/* The low plane takes whole bytes here. */
+#define VW_LOW_BYTES 1
+static inline vw vw_add_low(vw sum, v8 low, vb s0, vb s1) {
+    sum.low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum.low, low.first, s0), low.last, s1);
+    return sum;
+}
+
 typedef vw vp;
 static inline vp vp_zero(void) { return vw_zero(); }
 static inline vb vb_load_pairs(const uint8_t *p) { return vb_load(p); }
 static inline vp vp_add(vp sum, v16 high, v16 low, vb s0, vb s1) {
     return vw_add(sum, high, low, s0, s1);
 }
+static inline vp vp_add_low(vp sum, v16 low, vb s0, vb s1) { return vw_add_low(sum, low, s0, s1); }
 static inline vi vp_total(vp x, vp y) { return vi_add_pairs(vw_total(x), vw_total(y)); }
 
 static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {

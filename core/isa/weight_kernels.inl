@@ -47,8 +47,19 @@ WEIGHT_INLINE void load_words(vi *words, const uint8_t *p, size_t stride, size_t
     for (int byte = 16 - rest; byte < 16; byte += 4) *words++ = word_at(last, byte);
 }
 
-/* Unpacks `n` blocks: puts their codes and scales into a tile. */
-typedef void unpack_fn(weight_tile *tile, const vi *words, int n, const int16_t *q);
+/* Unpacks `n` blocks: puts their codes and scales into a tile. Meanwhile as many bytes of the rows
+ * that come next are fetched from `ahead` as n blocks of VF_LANES rows have. */
+typedef void unpack_fn(weight_tile *tile, const vi *words, int n, const int16_t *q,
+                       const uint8_t *ahead);
+
+/* Fetches the next rows in the order of memory while others are multiplied: streams of a row each
+ * are more than the hardware's prefetchers follow. A few lines at a time, or loads that find their
+ * line in L2 wait behind all those that come from memory. NULL stays NULL. */
+WEIGHT_INLINE const uint8_t *fetch(const uint8_t *ahead, size_t bytes) {
+    if (!ahead) return NULL;
+    for (size_t i = 0; i < bytes; i += 64) prefetch_line(ahead + i);
+    return ahead + bytes;
+}
 
 /* The low halves of bytes, or the high ones. */
 WEIGHT_INLINE vb nibbles_of(vb bytes, int high) {
@@ -89,10 +100,13 @@ typedef void unpack_block_fn(weight_tile *tile, int b, const vi *words, int byte
 
 /* n blocks of `bytes` each, two of which are whole words. */
 WEIGHT_INLINE void unpack_blocks(weight_tile *tile, const vi *words, int n, const int16_t *q,
-                                 int bytes, unpack_block_fn *unpack) {
+                                 const uint8_t *ahead, int bytes, unpack_block_fn *unpack) {
     for (int b = 0; b < n; b += 2, words += bytes / 2) {
+        ahead = fetch(ahead, (size_t)bytes * VF_LANES);
         unpack(tile, b, words, 0, q);
-        if (b + 1 < n) unpack(tile, b + 1, words, bytes, q);
+        if (b + 1 == n) break;
+        ahead = fetch(ahead, (size_t)bytes * VF_LANES);
+        unpack(tile, b + 1, words, bytes, q);
     }
 }
 
@@ -130,9 +144,9 @@ WEIGHT_INLINE void block_Q8_0(weight_tile *tile, int b, const vi *words, int byt
 }
 
 #define UNPACK_BLOCKS(NAME, BYTES)                                                                 \
-    WEIGHT_INLINE void unpack_##NAME(weight_tile *tile, const vi *words, int n,                    \
-                                     const int16_t *q) {                                           \
-        unpack_blocks(tile, words, n, q, BYTES, block_##NAME);                                     \
+    WEIGHT_INLINE void unpack_##NAME(weight_tile *tile, const vi *words, int n, const int16_t *q,  \
+                                     const uint8_t *ahead) {                                       \
+        unpack_blocks(tile, words, n, q, ahead, BYTES, block_##NAME);                              \
     }
 UNPACK_BLOCKS(Q4_0, 18)
 UNPACK_BLOCKS(Q4_1, 20)
@@ -160,11 +174,13 @@ WEIGHT_INLINE void unpack_scales_and_minima(weight_tile *tile, const vi *head) {
 }
 
 /* 32 bytes of nibbles per row: low halves are block b, high halves block b + 1. */
-WEIGHT_INLINE void unpack_Q4_K(weight_tile *tile, const vi *words, int n, const int16_t *q) {
+WEIGHT_INLINE void unpack_Q4_K(weight_tile *tile, const vi *words, int n, const int16_t *q,
+                               const uint8_t *ahead) {
     (void)n; /* always a whole super-block */
     unpack_scales_and_minima(tile, words);
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b += 2) {
+        ahead = fetch(ahead, 144 * VF_LANES / 4);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
             put_nibbles(tile, b, i, b + 1, i, words[4 + b * 4 + i], 0, q);
@@ -179,11 +195,13 @@ WEIGHT_INLINE vb fifth_bit(vb bytes, int b) {
 }
 
 /* After the scales 32 bytes of fifth bits, bit b of each for block b. */
-WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const vi *words, int n, const int16_t *q) {
+WEIGHT_INLINE void unpack_Q5_K(weight_tile *tile, const vi *words, int n, const int16_t *q,
+                               const uint8_t *ahead) {
     (void)n;
     unpack_scales_and_minima(tile, words);
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b += 2) {
+        ahead = fetch(ahead, 176 * VF_LANES / 4);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
             const vb raw = words[12 + b * 4 + i], fifth = words[4 + i];
@@ -204,7 +222,8 @@ WEIGHT_INLINE vb top_bits(vb bytes, int run) {
 
 /* Four blocks, the runs of a half, share bytes of top bits, and two of them bytes of low bits: each
  * `i` is the first or second 16 columns of four blocks. */
-WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const vi *words, int n, const int16_t *q) {
+WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const vi *words, int n, const int16_t *q,
+                               const uint8_t *ahead) {
     (void)n;
     const vi *const low = words, *const top = words + 32, *const scales = words + 48;
     const vf unit = half_at(words, 208);
@@ -212,6 +231,7 @@ WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const vi *words, int n, const 
     for (int b = 0; b < 8; b++) tile->scale[b] = unit;
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
+        ahead = fetch(ahead, 210 * VF_LANES / 4);
 #pragma GCC unroll 8
         for (int run = 0; run < 4; run++) {
             const int b = i / 2 * 4 + run, half = i % 2;
@@ -309,14 +329,6 @@ static int multiply_tiles_some(panel_sum *sum, const weight_tile *tiles, int n,
 typedef void panel_fn(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS], size_t stride,
                       const uint8_t *ahead, token_cursor x, int n_tok);
 
-/* Fetches the next rows in the order of memory while others are multiplied: streams of a row each
- * are more than the hardware's prefetchers follow. */
-WEIGHT_INLINE const uint8_t *fetch(const uint8_t *ahead, size_t bytes) {
-    if (!ahead) return NULL;
-    for (size_t i = 0; i < bytes; i += 64) prefetch_line(ahead + i);
-    return ahead + bytes;
-}
-
 /* bytes_tile: of TILE_BLOCKS blocks of a row. */
 WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_VECTORS],
                                   size_t stride, const uint8_t *ahead, token_cursor x, int n_tok,
@@ -330,10 +342,11 @@ WEIGHT_INLINE void multiply_panel(panel_sum *sum, const uint8_t *const w[PANEL_V
     }
     for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, at += bytes_tile) {
         const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
-        ahead = fetch(ahead, bytes_tile * VF_LANES * PANEL_VECTORS);
         for (int v = 0; v < PANEL_VECTORS; v++) {
-            load_words(words, w[v] + at, stride, (size_t)n * bytes_tile / TILE_BLOCKS);
-            unpack(&tiles[v], words, n, NULL);
+            const size_t bytes = (size_t)n * bytes_tile / TILE_BLOCKS;
+            load_words(words, w[v] + at, stride, bytes);
+            unpack(&tiles[v], words, n, NULL, ahead);
+            if (ahead) ahead += bytes * VF_LANES;
         }
         for (int t = 0; t < n_tok;) {
             const token_cursor first = cursor_at(&x, (size_t)t, b);
@@ -353,9 +366,10 @@ WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride
     for (size_t b = 0; b < n_blocks; b += TILE_BLOCKS, w += bytes_tile) {
         const int n = n_blocks - b < TILE_BLOCKS ? (int)(n_blocks - b) : TILE_BLOCKS;
         const token_cursor at = cursor_at(&x, 0, b);
-        ahead = fetch(ahead, bytes_tile * VF_LANES);
-        load_words(words, w, stride, (size_t)n * bytes_tile / TILE_BLOCKS);
-        unpack(&tile, words, n, token_alone(at.q));
+        const size_t bytes = (size_t)n * bytes_tile / TILE_BLOCKS;
+        load_words(words, w, stride, bytes);
+        unpack(&tile, words, n, token_alone(at.q), ahead);
+        if (ahead) ahead += bytes * VF_LANES;
         for (int i = 0; i < n; i++) {
             total = add_block(total, &tile, i, dot_of(&tile, i), &at, 0, kind, zero);
         }

@@ -5,6 +5,10 @@ those of llama.cpp go on spinning for a while. Repetitions alternate between the
 one in the opposite order, so that a machine that becomes slower or is shared hits all alike; what
 is stated is the median.
 
+What a depth costs is the difference from depth 0. The bandwidth of a shared machine may change by
+half within a minute, so each repetition of generation at a depth comes right after one of the same
+engine and setting at depth 0, by a lane that stays there.
+
 Generation goes on from repetition to repetition, so the last one starts (repetitions - 1) *
 (n_gen + 1) tokens beyond the depth: cutting back would leave blocks of a lossy scheme sealed, and
 the cost of sealing them would be missing. A prompt starts at the depth each time.
@@ -60,19 +64,26 @@ class Timed:
         stages: Time by stage of each, where the engine tells.
         context: Tokens in the cache at the middle of each.
         kv_bytes: Bytes of the cache that a token read at that point, where the engine tells.
+        ns_at_0: Of generation at a depth: what the same took at depth 0, just before each.
     """
 
     ns: list[int] = field(default_factory=list)
     stages: list[dict[str, int]] = field(default_factory=list)
     context: list[float] = field(default_factory=list)
     kv_bytes: list[float] = field(default_factory=list)
+    ns_at_0: list[int] = field(default_factory=list)
 
 
 class Bench:
     """A benchmark of one model."""
 
     def __init__(
-        self, model: Model, options: Options, lanes: Sequence[Lane], progress: Progress | None
+        self,
+        model: Model,
+        options: Options,
+        lanes: Sequence[Lane],
+        shallow: Sequence[Lane],
+        progress: Progress | None,
     ) -> None:
         """Prepares it.
 
@@ -80,10 +91,13 @@ class Bench:
             model: The model.
             options: What to time.
             lanes: What takes part; each holds no tokens.
+            shallow: The same again, to generate at depth 0 beside each at a depth; empty: no depth
+                is compared with depth 0.
             progress: Told how far the way to a depth is.
         """
         self._options = options
         self._lanes = lanes
+        self._shallow = dict(zip(lanes, shallow, strict=True)) if shallow else {}
         self._progress = progress
         # Any tokens do, the same for all lanes: no time depends on what they are.
         rng = np.random.default_rng(1)
@@ -91,7 +105,7 @@ class Bench:
 
     def run(self) -> Iterator[tuple[Lane, str, int, Timed]]:
         """All repetitions: (lane, test, depth, times) in the order of depth, test and lane."""
-        for lane in self._lanes:
+        for lane in (*self._lanes, *self._shallow.values()):
             lane.eval(self._ids[: min(WARM_UP, self._options.n_ctx)])
             lane.truncate(0)
         for depth in sorted(set(self._options.depths)):
@@ -126,8 +140,15 @@ class Bench:
 
     def _test(self, test: str, depth: int) -> list[tuple[Lane, Timed]]:
         timed = [(lane, Timed()) for lane in self._lanes]
+        shallow = self._shallow if test == GENERATION and depth > 0 else {}
         for repetition in range(self._options.repetitions):
             for lane, times in timed if repetition % 2 == 0 else timed[::-1]:
+                if lane in shallow:
+                    shallow[lane].truncate(0)
+                    time.sleep(PAUSE)
+                    at_0 = Timed()
+                    self._time(shallow[lane], at_0, 1, self._options.n_gen, warm=True)
+                    times.ns_at_0 += at_0.ns
                 if test == PROMPT:
                     lane.truncate(depth)
                 time.sleep(PAUSE)
@@ -195,14 +216,23 @@ def run(
     work = machine.work_of(model)
     results: list[Json] = []
     with ExitStack() as stack:
-        lanes: list[Lane] = [
-            stack.enter_context(OwnLane(model, kv, options)) for kv in dict.fromkeys(options.kv)
-        ]
+        peer: LlamaModel | None = None
         if options.peer is not None:
             peer = stack.enter_context(LlamaModel(model.info.path))
-            lanes += [stack.enter_context(lane) for lane in peer.lanes(options)]
             versions["llama.cpp"] = peer.build
-        for lane, test, depth, times in Bench(model, options, lanes, progress).run():
+
+        def lanes_of(options: Options) -> list[Lane]:
+            lanes: list[Lane] = [
+                stack.enter_context(OwnLane(model, kv, options)) for kv in dict.fromkeys(options.kv)
+            ]
+            if peer is not None:
+                lanes += [stack.enter_context(lane) for lane in peer.lanes(options)]
+            return lanes
+
+        lanes, shallow = lanes_of(options), list[Lane]()
+        if options.n_gen and max(options.depths) > 0:
+            shallow = lanes_of(replace(options, depths=[WARM_UP], n_prompt=0, fill_from=None))
+        for lane, test, depth, times in Bench(model, options, lanes, shallow, progress).run():
             result = _result(lane, test, depth, times, options, limits, work)
             results.append(result)
             if announce is not None:
@@ -262,6 +292,7 @@ def _result(
         "depth": depth,
         "filled": options.fill_from is not None and depth > options.fill_from,
         "samples_ns": times.ns,
+        "samples_ns_at_depth_0": times.ns_at_0,
         "ms_per_token": ns / n / 1e6,
         "tokens_per_second": n / ns * 1e9,
         "giga_operations_per_second": needed / ns,

@@ -5,6 +5,7 @@ Knows only the results' JSON.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ ATTENTION = "attention"
 #: The name of the peer's best setting of all that took part.
 BEST = "best"
 
-#: What a depth adds is lost in noise if it is less than this part of the time at depth 0.
-NOISE = 0.1
+#: What a depth adds is lost in noise if, in the median, it differs from its median by more than
+#: this part of it.
+NOISE = 0.25
 
 _TIME = "ms_per_token"
 _OVER = "ms_over_depth_0"
@@ -32,17 +34,17 @@ _OVER = "ms_over_depth_0"
 def add_depth_costs(results: Sequence[Json]) -> None:
     """Adds to every result how much longer a token takes than at depth 0.
 
-    It is None where there is no depth 0, and where it is lost in noise.
+    It is the median over repetitions, each of which has its own time at depth 0; None at depth 0,
+    for prompts, and where it is lost in noise.
     """
-    at_0 = {_lane(r): r[_TIME] for r in results if r["depth"] == 0}
     for r in results:
-        base = at_0.get(_lane(r))
-        known = base is not None and r["depth"] > 0 and r[_TIME] - base >= NOISE * base
-        r[_OVER] = r[_TIME] - base if known else None
-
-
-def _lane(r: Json) -> tuple[str, str, str]:
-    return r["engine"], r["setting"], r["test"]
+        over = [
+            (deep - at_0) / r["n_tokens"] / 1e6
+            for deep, at_0 in zip(r["samples_ns"], r["samples_ns_at_depth_0"], strict=False)
+        ]
+        middle = statistics.median(over) if over else 0.0
+        strayed = statistics.median(abs(ms - middle) for ms in over) if over else 0.0
+        r[_OVER] = middle if middle > 0 and strayed <= NOISE * middle else None
 
 
 def ratios(results: Sequence[Json], options: Options) -> Json:
@@ -57,8 +59,8 @@ def ratios(results: Sequence[Json], options: Options) -> Json:
         peer's best setting for that test and depth; `ratios_by`: the same by scheme and by the
         type of the peer's cache, "best" being the best of all; `peer_best`: by test and depth, the
         setting that was the peer's best. The kind attention compares what generation takes
-        longer than at depth 0. A ratio that cannot be had (no depth 0; a cost of depth that is lost
-        in noise) is None.
+        longer than at depth 0. A ratio that cannot be had (a cost of depth that is lost in noise)
+        is None.
     """
     caches = [BEST, *dict.fromkeys(options.peer_kv)]
     by = {

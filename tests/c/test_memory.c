@@ -47,6 +47,13 @@ static const layout layouts[] = {
       {"sys/fs/cgroup/a/memory.max", "52428800\n"},
       {"sys/fs/cgroup/a/memory.current", "10485760\n"}},
      LESS_HEADROOM(40 * MIB)},
+    {"version 2, slowed down before the limit",
+     {{"proc/meminfo", meminfo},
+      {"proc/self/cgroup", "0::/a\n"},
+      {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+      {"sys/fs/cgroup/a/memory.high", "73400320\n"}, /* 70 MiB */
+      {"sys/fs/cgroup/a/memory.current", "10485760\n"}},
+     LESS_HEADROOM(60 * MIB)},
     {"version 2 inside a container",
      {{"proc/meminfo", meminfo},
       {"proc/self/cgroup", "0::/\n"},
