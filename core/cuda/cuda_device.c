@@ -218,8 +218,7 @@ static void set_shape(kvq_cuda *cuda, const kvq_cuda_options *o, kvq_cuda_bytes 
     const int group = (int)(c->n_heads / c->n_kv_heads);
     const size_t logits = LOGITS_BYTES / (c->n_vocab * sizeof(float));
     cuda->n_logits = o->head ? larger(smaller((int)logits, o->n_batch), 1) : 0;
-    cuda->partial_rows =
-        larger(o->n_batch, splits_for(cuda, c->n_kv_heads)) * group; /* no fewer than one split */
+    cuda->partial_rows = larger(o->n_batch, splits_for(cuda, c->n_kv_heads) + 1) * group;
     const uint64_t blocks = CHUNK_BYTES / block_of_all;
     cuda->chunk_blocks = larger(smaller((int)blocks, ring->max_blocks), 1);
     cuda->max_chunks = (ring->max_blocks + cuda->chunk_blocks - 1) / cuda->chunk_blocks;
@@ -432,27 +431,60 @@ static void rotate(kvq_device *device) {
                     (unsigned)cuda->span.n, 1, KVQ_ELEMENTWISE_THREADS, 0, &args);
 }
 
-static void attend_over(kvq_cuda *cuda, const kvq_cuda_cache *cache) {
+static void merge_splits(kvq_cuda *cuda, const kvq_cuda_cache *cache, int n_splits) {
+    const kvq_cuda_merge_args args = {.cache = *cache,
+                                      .partial = cuda->partial,
+                                      .out = cuda->buffer[KVQ_BUFFER_HEADS],
+                                      .n_splits = n_splits};
+    kvq_cuda_launch(cuda, KVQ_KERNEL_merge, (unsigned)(cuda->span.n * cache->group),
+                    (unsigned)cache->n_heads, 1, KVQ_CUDA_MERGE_THREADS, 0, &args);
+}
+
+static void attend_all(kvq_cuda *cuda, const kvq_cuda_cache *cache) {
     const int rows = cuda->span.n * cache->group;
     const attend_shape shape = shape_of_attend(cache->d);
     const unsigned tiles = over((size_t)rows, (size_t)shape.rows);
-    const int room = cuda->partial_rows / rows;
+    const size_t blocks = (size_t)tiles * (size_t)(cache->n_heads * shape.slices);
     const kvq_cuda_attend_args args = {
         .cache = *cache,
         .q = cuda->queries,
         .partial = cuda->partial,
-        .n_splits = smaller(
-            splits_for(cuda, (size_t)tiles * (size_t)(cache->n_heads * shape.slices)), room),
+        .n_splits = smaller(splits_for(cuda, blocks), cuda->partial_rows / rows),
     };
     kvq_cuda_launch(cuda, shape.kernel, tiles, (unsigned)cache->n_heads,
                     (unsigned)(args.n_splits * shape.slices), (unsigned)shape.threads, shape.shared,
                     &args);
-    const kvq_cuda_merge_args merge = {.cache = *cache,
-                                       .partial = cuda->partial,
-                                       .out = cuda->buffer[KVQ_BUFFER_HEADS],
-                                       .n_splits = args.n_splits};
-    kvq_cuda_launch(cuda, KVQ_KERNEL_merge, (unsigned)rows, (unsigned)cache->n_heads, 1,
-                    KVQ_CUDA_MERGE_THREADS, 0, &merge);
+    merge_splits(cuda, cache, args.n_splits);
+}
+
+/* One token, where decode.cu has a path for all tracks of the layer. */
+static void decode(kvq_cuda *cuda, const kvq_cuda_cache *cache) {
+    const unsigned eights = over((size_t)cache->group, 8);
+    const int splits = splits_for(cuda, (size_t)cache->n_heads * eights);
+    const kvq_cuda_attend_args args = {
+        .cache = *cache,
+        .q = cuda->queries,
+        .partial = cuda->partial,
+        .n_splits = smaller(larger(splits, 1) + 1, cuda->partial_rows / cache->group),
+    };
+    kvq_cuda_launch(cuda, cache->d <= 64 ? KVQ_KERNEL_decode_64 : KVQ_KERNEL_decode_128, eights,
+                    (unsigned)cache->n_heads, (unsigned)args.n_splits, 32 * KVQ_CUDA_DECODE_WARPS,
+                    0, &args);
+    merge_splits(cuda, cache, args.n_splits);
+}
+
+/* Whether decode.cu has a path for all tracks of a layer. */
+static bool can_decode(const kvq_cuda *cuda, int layer) {
+    const kvq_ring *const ring = &cuda->device.rings[layer];
+    for (int head = 0; head < ring->n_heads; head++) {
+        const kvq_track *const keys = &ring->track[KVQ_KEYS][head];
+        const kvq_track *const values = &ring->track[KVQ_VALUES][head];
+        if (!kvq_cuda_decodes(keys->codec, &keys->shape, keys->wave.n, values->codec,
+                              &values->shape)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static void attend(kvq_device *device, int layer) {
@@ -467,7 +499,11 @@ static void attend(kvq_device *device, int layer) {
                                            .prepared = cuda->queries};
     kvq_cuda_launch(cuda, KVQ_KERNEL_prepare, over(rows, KVQ_CUDA_VECTORS), heads, 3,
                     KVQ_CUDA_CACHE_THREADS, kvq_cuda_basis_shared(cache->d), &prepare);
-    attend_over(cuda, cache);
+    if (cuda->span.n == 1 && can_decode(cuda, layer)) {
+        decode(cuda, cache);
+    } else {
+        attend_all(cuda, cache);
+    }
     /* A graph is launched again when a block is due, so the kernel is in it always. */
     const kvq_cuda_seal_args seal = {.cache = *cache};
     kvq_cuda_launch(cuda, KVQ_KERNEL_seal, 2 * heads, over(n, KVQ_BLOCK) + (n > 1), 1,

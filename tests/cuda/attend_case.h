@@ -17,8 +17,8 @@ typedef struct attend_options {
     kvq_codec_id keys, values;
     int d_head, n_heads, group; /* KV heads, query heads for each */
     int sinks, window;
-    int held, n;  /* tokens in the cache, tokens of the pass */
-    int n_waves;  /* of keys */
+    int held, n; /* tokens in the cache, tokens of the pass */
+    int n_waves; /* of keys */
     int chunk_blocks;
     int channel_group; /* channels that share a token's scale; 0: all */
 } attend_options;

@@ -45,6 +45,14 @@ bool attend_tiles(const kvq_cuda_attend_args &args, int n_rows) {
                   &a);
 }
 
+/* The kernel of one token; splits are two at least. */
+bool decode(const kvq_cuda_attend_args &args, int) {
+    const dim3 grid((args.cache.group + 7) / 8, args.cache.n_heads, args.n_splits);
+    kvq_cuda_attend_args a = args;
+    return launch(args.cache.d <= 64 ? "kvq_cuda_decode_64" : "kvq_cuda_decode_128", grid,
+                  32 * KVQ_CUDA_DECODE_WARPS, 0, &a);
+}
+
 using Attend = bool (*)(const kvq_cuda_attend_args &args, int n_rows);
 
 void check(const char *what, Attend attend, const attend_options &o, int n_splits,
@@ -56,8 +64,8 @@ void check(const char *what, Attend attend, const attend_options &o, int n_split
     std::vector<float> out(n_out, NAN);
     kvq_cuda_attend_args args = {c->cache, c->q, partial.data(), n_splits};
     kvq_cuda_merge_args merge = {c->cache, partial.data(), out.data(), n_splits};
-    bool good = attend(args, n_rows) &&
-                launch("kvq_cuda_merge", dim3(n_rows, o.n_heads), 128, 0, &merge);
+    bool good =
+        attend(args, n_rows) && launch("kvq_cuda_merge", dim3(n_rows, o.n_heads), 128, 0, &merge);
     double error = 0, size = 0;
     for (int i = 0; i < n_out; i++) {
         const double difference = fabs((double)out[i] - (double)c->expected[i]);
@@ -78,7 +86,7 @@ void check(const char *what, Attend attend, const attend_options &o, int n_split
            error, size, tolerance);
 }
 
-const kvq_codec_id key_codecs[] = {KVQ_CODEC_f16, KVQ_CODEC_q8_0, KVQ_CODEC_q4_0, KVQ_CODEC_u1,
+const kvq_codec_id key_codecs[] = {KVQ_CODEC_f16, KVQ_CODEC_q8_0, KVQ_CODEC_q4_0,  KVQ_CODEC_u1,
                                    KVQ_CODEC_u2,  KVQ_CODEC_u4,   KVQ_CODEC_mixed, KVQ_CODEC_n2,
                                    KVQ_CODEC_n3,  KVQ_CODEC_nf4};
 const kvq_codec_id value_codecs[] = {KVQ_CODEC_f16, KVQ_CODEC_q8_0, KVQ_CODEC_q4_0,
@@ -102,6 +110,9 @@ attend_options options(kvq_codec_id keys, kvq_codec_id values) {
 
 /* Halves of unpacked values and weights: 2^-11 each. */
 const double tolerance = 1.5e-3;
+
+/* Halves of queries times scales of channels: 2^-11 each, which is 0.01 of a score of 20. */
+const double decode_tolerance = 1.5e-3;
 
 void every_codec_at_every_width() {
     const int widths[] = {64, 80, 96, 128, 256};
@@ -165,7 +176,34 @@ void channels_in_groups() {
     }
 }
 
+void one_token() {
+    const struct {
+        kvq_codec_id keys, values;
+    } pairs[] = {{KVQ_CODEC_u2, KVQ_CODEC_c8}, {KVQ_CODEC_f16, KVQ_CODEC_f16}};
+    for (const auto &pair : pairs) {
+        for (int d : {64, 80, 96, 128}) {
+            for (int group : {1, 3, 4, 7, 8, 11}) {
+                attend_options o = options(pair.keys, pair.values);
+                o.d_head = d;
+                o.group = group;
+                o.held = 700;
+                check("one token", decode, o, 2 + group % 3, decode_tolerance);
+            }
+        }
+        for (int held : {0, 1, 3, 5, 20, 31, 32, 33, 63, 64, 65, 84, 85, 86, 149, 1600}) {
+            for (int window : {0, 16, 128}) {
+                attend_options o = options(pair.keys, pair.values);
+                o.held = held;
+                o.window = window;
+                o.sinks = held % 2 ? 5 : 0;
+                check("edge of one token", decode, o, held % 3 ? 2 : 5, decode_tolerance);
+            }
+        }
+    }
+}
+
 void all() {
+    one_token();
     every_codec_at_every_width();
     edges_of_the_context();
     queries_per_kv_head();

@@ -273,9 +273,8 @@ static __device__ __forceinline__ void attend(const kvq_cuda_attend_args &a) {
                     }
                     s[i][j] += of_mean[row];
                     if (unit.sealed && keys.n_waves) {
-                        s[i][j] += kvq_wave_at(cache, keys,
-                                               m.turned + (my_row + 8 * row) * 2 * KVQ_WAVES,
-                                               half + t);
+                        s[i][j] += kvq_wave_at(
+                            cache, keys, m.turned + (my_row + 8 * row) * 2 * KVQ_WAVES, half + t);
                     }
                 }
             }
@@ -315,7 +314,7 @@ static __device__ __forceinline__ void attend(const kvq_cuda_attend_args &a) {
 
 /* Grid: rows of queries / (16 * warps), KV heads, splits * slices. */
 #define ATTEND(W)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_ATTEND_WARPS(W), 2)                  \
+    extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_ATTEND_WARPS(W), 2)                 \
         kvq_cuda_attend_##W(const kvq_cuda_attend_args a) {                                        \
         attend<KVQ_CUDA_ATTEND_WARPS(W), KVQ_CUDA_ATTEND_SLICE(W) / 8>(a);                         \
     }                                                                                              \

@@ -13,6 +13,7 @@
 #define KVQ_CUDA_D_MAX 256 /* the widest head that kernels take */
 
 #define KVQ_CUDA_MERGE_THREADS 128
+#define KVQ_CUDA_DECODE_WARPS 4 /* of kvq_cuda_decode_W */
 
 /* Queries come as rows: row r of a KV head is query head r % group of token r / group. */
 typedef struct kvq_cuda_attend_args {
@@ -30,6 +31,15 @@ typedef struct kvq_cuda_merge_args {
     float *out; /* [n][n_heads * group][d_head] */
     int32_t n_splits;
 } kvq_cuda_merge_args;
+
+/* Whether kvq_cuda_decode_W has a path for a KV head's codecs. */
+KVQ_BOTH int kvq_cuda_decodes(kvq_codec_id keys, const kvq_kv_shape *of_keys, int n_waves,
+                              kvq_codec_id values, const kvq_kv_shape *of_values) {
+    if (of_keys->d > 128) return 0;
+    if (keys == KVQ_CODEC_f16) return values == KVQ_CODEC_f16;
+    return keys == KVQ_CODEC_u2 && values == KVQ_CODEC_c8 && of_keys->group == of_keys->d &&
+           of_values->group == of_values->d && !n_waves;
+}
 
 /* Shapes of kvq_cuda_attend_W, W the widest head that it takes: warps, each of which has 16 rows,
  * and channels of values that it sums (grid.z = n_splits * slices for wider heads). */

@@ -69,9 +69,8 @@ KVQ_BOTH uint8_t *kvq_cuda_block(const kvq_cuda_cache &cache, const kvq_cuda_tra
 KVQ_BOTH const uint16_t *kvq_cuda_row(const kvq_cuda_cache &cache, int head, int side, int i,
                                       int held) {
     const int fresh = cache.n_sinks + i - held;
-    const uint16_t *const rows =
-        fresh >= 0 ? (side ? cache.new_rows[1] : cache.new_rows[0])
-                   : (side ? cache.recent[1] : cache.recent[0]);
+    const uint16_t *const rows = fresh >= 0 ? (side ? cache.new_rows[1] : cache.new_rows[0])
+                                            : (side ? cache.recent[1] : cache.recent[0]);
     const size_t row = fresh >= 0 ? (size_t)head * cache.n_batch + fresh
                                   : (size_t)head * cache.recent_rows + i % cache.recent_rows;
     return rows + row * cache.d;

@@ -5,6 +5,8 @@
 #include "cuda/kernels/attend_args.h"
 #include "cuda/kernels/port.cuh"
 
+#define KVQ_LOG2E 1.44269504f
+
 typedef struct kvq_units {
     int sealed, sinks, rows; /* units of each kind, in this order */
 } kvq_units;
@@ -39,8 +41,9 @@ static __device__ __forceinline__ kvq_unit kvq_unit_at(const kvq_cuda_cache &cac
     unit.first = unit.sealed ? cache.n_sinks + u * KVQ_BLOCK
                  : row < 0   ? (u - units.sealed) * KVQ_BLOCK
                              : cache.n_sinks + (step.sealed + row) * KVQ_BLOCK;
-    unit.n_tokens =
-        unit.sealed ? KVQ_BLOCK : min(KVQ_BLOCK, (row < 0 ? min(cache.n_sinks, end) : end) - unit.first);
+    unit.n_tokens = unit.sealed
+                        ? KVQ_BLOCK
+                        : min(KVQ_BLOCK, (row < 0 ? min(cache.n_sinks, end) : end) - unit.first);
     return unit;
 }
 

@@ -26,6 +26,11 @@ static __device__ __forceinline__ uint32_t kvq_pack_halves(float low, float high
     return bits;
 }
 
+/* Word i of four; i is known when the kernel is compiled. */
+static __device__ __forceinline__ uint32_t word_of(uint4 words, int i) {
+    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
 static __device__ __forceinline__ kvq_eight kvq_unpack_f16(const uint8_t *block, int d, int t,
                                                            int c) {
     const __half *const row = reinterpret_cast<const __half *>(block) + t * d + c;
@@ -86,8 +91,8 @@ static __device__ __forceinline__ int kvq_c8_code(const uint8_t *pair, int t) {
 static __device__ __forceinline__ kvq_eight kvq_unpack_c8(const uint8_t *block,
                                                           const kvq_kv_shape &sh, int t, int c) {
     const uint8_t *const words = block + kvq_c8_words(&sh);
-    const float scale = kvq_half_at(block) * KVQ_LEVEL_UNIT *
-                        (float)block[KVQ_C8_SCALES + c / sh.group * 64 + t];
+    const float scale =
+        kvq_half_at(block) * KVQ_LEVEL_UNIT * (float)block[KVQ_C8_SCALES + c / sh.group * 64 + t];
     kvq_eight out;
 #pragma unroll
     for (int i = 0; i < 4; i++) { /* channels 0 and 2, 1 and 3, 4 and 6, 5 and 7 are pairs */
@@ -126,8 +131,7 @@ static __device__ __forceinline__ kvq_eight kvq_unpack_levels(const uint8_t *blo
     kvq_eight out;
     for (int i = 0; i < bits; i++) number |= (uint32_t)codes[i] << 8 * i;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        out.x[i] = scale * level[number >> bits * i & ((1 << bits) - 1)];
+    for (int i = 0; i < 8; i++) out.x[i] = scale * level[number >> bits * i & ((1 << bits) - 1)];
     return out;
 }
 
@@ -157,10 +161,9 @@ static __device__ __forceinline__ kvq_eight kvq_unpack_mixed(const uint8_t *bloc
             if (index >= 0 && index < n) {
                 const float scale = kvq_half_at(block + 2 + 2 * run) * (float)scales[c + i];
                 const int code =
-                    bits == 8
-                        ? kvq_mixed_code(units, n_units, unit, index, 4, t) << 4 |
-                              kvq_mixed_code(units, n_units, unit + (n + 3) / 4, index, 4, t)
-                        : kvq_mixed_code(units, n_units, unit, index, bits, t);
+                    bits == 8 ? kvq_mixed_code(units, n_units, unit, index, 4, t) << 4 |
+                                    kvq_mixed_code(units, n_units, unit + (n + 3) / 4, index, 4, t)
+                              : kvq_mixed_code(units, n_units, unit, index, bits, t);
                 out.x[i] = scale * ((float)code - 0.5f * (float)((1 << bits) - 1));
             }
             first += n;

@@ -5,8 +5,6 @@
 #include "cuda/kernels/cache_args.h"
 #include "kv/kv_wave.h"
 
-#define KVQ_LOG2E 1.44269504f
-
 /* The products of queries with a head's waves. Each thread keeps those of the rows and waves that
  * are its own: item i of a block of threads is wave i % KVQ_WAVES of row i / KVQ_WAVES. */
 enum { KVQ_WAVE_ITEMS = 4 }; /* a thread's, with 16 rows for each 32 threads */

@@ -1,0 +1,232 @@
+/* decode.cu: attention of one token's queries over packed blocks, on tensor cores.
+ *
+ * A warp takes sealed blocks by itself, up to eight query heads of a KV head at once, and keeps all
+ * it knows in registers; nothing is unpacked but into fragments.
+ *
+ * Scores: the rows of A are queries times the scales of the block's channels, in halves; the
+ * columns of B are tokens. A code of 2 bits stays where it lies in its half of a word and is taken
+ * as it is, for a subnormal half of value code * 4^j * 2^-24: tensor cores multiply those exactly,
+ * and 4^-j is in the query. So unpacking is one AND for two codes.
+ *
+ * Values: the rows of A are the weights times the scales of their tokens, in 16 bits, the high
+ * bytes of eight queries above the low ones; the columns of B are channels, whose levels a byte
+ * permutation looks up, four tokens at a time.
+ *
+ * Which token stands in which column of a product is free, so it is chosen such that a lane's
+ * scores are the weights that the same lane has to bring to the second product: with u = lane / 2 %
+ * 2 and h = lane % 2 those of tokens 4 h .. 4 h + 3 of the octets that lane_octet() names. The
+ * tokens of tile T of the scores are number T % 4 of those four, of the octets of T / 4.
+ */
+#include "cuda/kernels/port.cuh"
+
+#include "cuda/kernels/decode_rows.cuh"
+#include "cuda/kernels/decode_values.cuh"
+
+/* Queries in the order in which codes of BITS come out of their words: word w = 4 * step + lane % 4
+ * of a token has the channels 32 / BITS * w + 4 j + k, k the byte, j the place in it. A fragment
+ * has j of it: bytes 0 and 2 in its first register, bytes 1 and 3 in its second. */
+template <int BITS, int STEPS> struct key_queries {
+    enum { PLACES = 8 / BITS, PER_WORD = 32 / BITS };
+    __half2 x[STEPS][PLACES][2];
+    float scale; /* x * scale is the query */
+};
+
+template <int BITS, int STEPS>
+static __device__ __forceinline__ void load_queries(key_queries<BITS, STEPS> &q, const float *x,
+                                                    int d, bool there) {
+    typedef key_queries<BITS, STEPS> Q;
+    const int part = threadIdx.x % 4;
+    float largest = 0;
+    for (int c = part; c < d && there; c += 4) largest = fmaxf(largest, fabsf(x[c]));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
+    q.scale = largest;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int j = 0; j < Q::PLACES; j++) {
+            const int c = Q::PER_WORD * (4 * step + part) + 4 * j;
+            const float unit = there && c < d ? inverse / (float)(1 << BITS * j) : 0.0f;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                q.x[step][j][k] = unit > 0 ? __floats2half2_rn(unit * x[c + k], unit * x[c + k + 2])
+                                           : __floats2half2_rn(0.0f, 0.0f);
+            }
+        }
+    }
+}
+
+static __device__ __forceinline__ uint32_t bits_of(__half2 x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static __device__ __forceinline__ __half2 halves_of(uint32_t bits) {
+    __half2 x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static __device__ __forceinline__ __half2 both(int x) {
+    return __floats2half2_rn((float)x, (float)x);
+}
+
+static __device__ __forceinline__ uint32_t word_at(const uint8_t *p) {
+    return *reinterpret_cast<const uint32_t *>(p);
+}
+
+/* Bytes 0 and 2 of a word (which = 0), or 1 and 3, as halves, less what `base` exceeds 1024 by:
+ * 0x6400 is 1024, whose last place is 1. */
+static __device__ __forceinline__ __half2 bytes_as_halves(uint32_t word, int which, int base) {
+    const uint32_t raised = __byte_perm(word, 0x64646464u, which ? 0x4341 : 0x4240);
+    return __hsub2(halves_of(raised), both(base));
+}
+
+/* The scores of 16 tokens of a block for the query of this lane's row: s[2 T + e] of tile T, in
+ * units of log 2. */
+template <int BITS, int STEPS>
+static __device__ __forceinline__ void score_block(float s[16], const key_queries<BITS, STEPS> &q,
+                                                   const uint8_t *block, const kvq_kv_shape &sh) {
+    typedef key_queries<BITS, STEPS> Q;
+    const int lane = threadIdx.x % 32, part = lane % 4, column = lane / 4;
+    const int words = kvq_u_words(&sh, BITS), d = sh.d;
+    const uint8_t *const means = block + kvq_u_means(&sh), *const scales = means + d;
+    const uint8_t *const codes = scales + d;
+    const uint32_t lowest = ((1u << BITS) - 1) * 0x00010001u;
+    /* the column's own tokens: those of the lane 2 * part' + e whose weights they will be */
+    const int octet[2] = {lane_octet(column / 4, 0, column % 2),
+                          lane_octet(column / 4, 1, column % 2)};
+    const int quarter = column / 2 % 2;
+
+    uint32_t scaled[STEPS][Q::PLACES][2];
+    float middle[4] = {0, 0, 0, 0}, mean[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int j = 0; j < Q::PLACES; j++) {
+            const int c = Q::PER_WORD * (4 * step + part) + 4 * j;
+            const bool here = c < d; /* beyond, the query is 0 */
+            const uint32_t scale = here ? word_at(scales + c) : 0;
+            const uint32_t of_mean = here ? word_at(means + c) ^ 0x80808080u : 0; /* from -128 on */
+            const __half2 up = both(1 << BITS * j);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                scaled[step][j][k] =
+                    bits_of(__hmul2(q.x[step][j][k], bytes_as_halves(scale, k, 1024)));
+            }
+            const uint32_t plain[4] = {bits_of(q.x[step][j][0]), 0, bits_of(q.x[step][j][1]), 0};
+            const uint32_t b[2] = {bits_of(__hmul2(bytes_as_halves(of_mean, 0, 1152), up)),
+                                   bits_of(__hmul2(bytes_as_halves(of_mean, 1, 1152), up))};
+            const uint32_t a[4] = {scaled[step][j][0], 0, scaled[step][j][1], 0};
+            const uint32_t highest[2] = {lowest << (BITS * j), lowest << (BITS * j)};
+            kvq_mma_f16(mean, plain, b);
+            kvq_mma_f16(middle, a, highest);
+        }
+    }
+    const float unit =
+        q.scale * kvq_half_at(block + 2) * kvq_half_at(block + 4) * (0x1p24f * KVQ_LOG2E);
+    const float shift = q.scale * kvq_half_at(block) * mean[0] * KVQ_LOG2E;
+#pragma unroll
+    for (int which = 0; which < 2; which++) {
+        float product[4][4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) product[t][i] = 0;
+        }
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const int w = 4 * step + part;
+            const uint8_t *const at = codes + ((octet[which] * words + w) * 8 + 4 * quarter) * 4;
+            const uint4 four =
+                w < words ? *reinterpret_cast<const uint4 *>(at) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const uint32_t word = word_of(four, t);
+#pragma unroll
+                for (int j = 0; j < Q::PLACES; j++) {
+                    const uint32_t mask = lowest << (BITS * j);
+                    const uint32_t a[4] = {scaled[step][j][0], 0, scaled[step][j][1], 0};
+                    const uint32_t b[2] = {word & mask, word >> 8 & mask};
+                    kvq_mma_f16(product[t], a, b);
+                }
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const uint32_t scale = token_bytes(block + KVQ_U_SCALES, which, e);
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                s[8 * which + 2 * t + e] =
+                    (product[t][e] - 0.5f * middle[0]) * (unit * byte_of(scale, t)) + shift;
+            }
+        }
+    }
+}
+
+/* ---- the kernel ---------------------------------------------------------------------------------
+ *
+ * Splits but the last share out the sealed blocks; the last has all other rows. Grid: query heads
+ * of a KV head / 8, KV heads, splits (2 at least).
+ */
+template <int D> static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a) {
+    const kvq_cuda_cache &cache = a.cache;
+    const kvq_cuda_step step = *cache.step;
+    const int d = cache.d, head = blockIdx.y, first = blockIdx.x * 8;
+    const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4;
+    const int n = min(8, cache.group - first); /* query heads */
+    const float *const x =
+        a.q + ((size_t)head * cache.n_batch * cache.group + first + min(row, n - 1)) * d;
+    running<D> r;
+    clear(r);
+    if (blockIdx.z == gridDim.z - 1) {
+        const kvq_units units = kvq_count_units(cache, step);
+        row_queries<D> q;
+        load_queries(q, x, d, row < n);
+        for (int u = units.sealed + warp; u < kvq_total_units(units); u += KVQ_CUDA_DECODE_WARPS) {
+            const kvq_unit unit = kvq_unit_at(cache, step, units, u);
+            add_rows(r, q, d, unit.n_tokens, [&](int side, int t) {
+                return kvq_row_of(cache, head, side, unit.first + t, step.held);
+            });
+        }
+        finish(r, a, first, n, row_channel());
+        return;
+    }
+    const kvq_cuda_track &keys = cache.tracks[head];
+    const kvq_cuda_track &values = cache.tracks[cache.n_heads + head];
+    const int n_splits = gridDim.z - 1, split = blockIdx.z;
+    const int begin = (int)((int64_t)step.sealed * split / n_splits);
+    const int end = (int)((int64_t)step.sealed * (split + 1) / n_splits);
+    if (keys.codec == KVQ_CODEC_f16) {
+        row_queries<D> q;
+        load_queries(q, x, d, row < n);
+        for (int b = begin + warp; b < end; b += KVQ_CUDA_DECODE_WARPS) {
+            const uint8_t *const of[2] = {kvq_cuda_block(cache, keys, b),
+                                          kvq_cuda_block(cache, values, b)};
+            add_rows(r, q, d, KVQ_BLOCK, [&](int side, int t) {
+                return reinterpret_cast<const uint16_t *>(side ? of[1] : of[0]) + t * d;
+            });
+        }
+        finish(r, a, first, n, row_channel());
+        return;
+    }
+    key_queries<2, D / 64> q;
+    load_queries(q, x, d, row < n);
+    for (int b = begin + warp; b < end; b += KVQ_CUDA_DECODE_WARPS) {
+        float s[16];
+        score_block(s, q, kvq_cuda_block(cache, keys, b), keys.shape);
+        add_values(r, s, kvq_cuda_block(cache, values, b), values.shape);
+    }
+    finish(r, a, first, n, pair_channel());
+}
+
+#define DECODE(D)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_DECODE_WARPS, 2)                    \
+        kvq_cuda_decode_##D(const kvq_cuda_attend_args a) {                                        \
+        decode<D>(a);                                                                              \
+    }                                                                                              \
+    KVQ_EXPORT_KERNEL(kvq_cuda_decode_##D)
+DECODE(64)
+DECODE(128)
