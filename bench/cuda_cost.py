@@ -225,7 +225,7 @@ def cost_of(
             d_head=d_head,
             group=group,
             n_heads=heads,
-            n_splits=1,
+            n_splits=2,
             held=n_blocks * BLOCK + 5 + 16,
         )[2]
         found.append(_totals(counts))

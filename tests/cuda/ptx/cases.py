@@ -20,7 +20,7 @@ def attend_case(
 
     Args:
         bench: Where it runs.
-        file: The kernels' file, "attend".
+        file: The kernels' file: "attend", or "decode" (of one token).
         keys: Codec of keys.
         values: Codec of values.
         n_splits: Parts of the context that blocks share out.
@@ -52,14 +52,13 @@ def attend_case(
     arguments = ffi.new("kvq_cuda_attend_args *", {**shared_fields, "q": case.q})
     widest = next(width for width in _WARPS if d <= width)
     per, width = 16 * _WARPS[widest], (d + 8) * 2
-    shared = 2 * per * width + max(40 * width, 80 * _SLICE[widest]) + per * 64
+    if file == "decode":
+        grid, threads, shared = (-(-rows // 8), heads, n_splits), 128, 0
+    else:
+        grid, threads = (-(-rows // per), heads, n_splits * -(-d // _SLICE[widest])), 2 * per
+        shared = 2 * per * width + max(40 * width, 80 * _SLICE[widest]) + per * 64
     counts = bench.launch(
-        file,
-        f"kvq_cuda_attend_{widest}",
-        (-(-rows // per), heads, n_splits * -(-d // _SLICE[widest])),
-        2 * per,
-        arguments[0],
-        dynamic_shared=shared,
+        file, f"kvq_cuda_{file}_{widest}", grid, threads, arguments[0], dynamic_shared=shared
     )
     merge = ffi.new("kvq_cuda_merge_args *", {**shared_fields, "out": out})
     bench.launch("merge", "kvq_cuda_merge", (rows, heads), 128, merge[0])
