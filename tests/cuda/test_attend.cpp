@@ -179,7 +179,9 @@ void channels_in_groups() {
 void one_token() {
     const struct {
         kvq_codec_id keys, values;
-    } pairs[] = {{KVQ_CODEC_u2, KVQ_CODEC_c8}, {KVQ_CODEC_f16, KVQ_CODEC_f16}};
+    } pairs[] = {{KVQ_CODEC_u2, KVQ_CODEC_c8}, {KVQ_CODEC_f16, KVQ_CODEC_f16},
+                 {KVQ_CODEC_u1, KVQ_CODEC_t1}, {KVQ_CODEC_u2, KVQ_CODEC_t2},
+                 {KVQ_CODEC_u4, KVQ_CODEC_t2}, {KVQ_CODEC_u4, KVQ_CODEC_c8}};
     for (const auto &pair : pairs) {
         for (int d : {64, 80, 96, 128}) {
             for (int group : {1, 3, 4, 7, 8, 11}) {

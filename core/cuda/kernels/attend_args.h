@@ -37,8 +37,9 @@ KVQ_BOTH int kvq_cuda_decodes(kvq_codec_id keys, const kvq_kv_shape *of_keys, in
                               kvq_codec_id values, const kvq_kv_shape *of_values) {
     if (of_keys->d > 128) return 0;
     if (keys == KVQ_CODEC_f16) return values == KVQ_CODEC_f16;
-    return keys == KVQ_CODEC_u2 && values == KVQ_CODEC_c8 && of_keys->group == of_keys->d &&
-           of_values->group == of_values->d && !n_waves;
+    return (keys == KVQ_CODEC_u1 || keys == KVQ_CODEC_u2 || keys == KVQ_CODEC_u4) &&
+           (values == KVQ_CODEC_c8 || values == KVQ_CODEC_t1 || values == KVQ_CODEC_t2) &&
+           of_keys->group == of_keys->d && of_values->group == of_values->d && !n_waves;
 }
 
 /* Shapes of kvq_cuda_attend_W, W the widest head that it takes: warps, each of which has 16 rows,

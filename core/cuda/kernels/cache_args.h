@@ -7,8 +7,7 @@
 #ifndef KVQ_CUDA_CACHE_ARGS_H
 #define KVQ_CUDA_CACHE_ARGS_H
 
-#include "kv/kv_basis.h"
-#include "kv/kv_codec.h"
+#include "kv/kv_format.h"
 
 /* Where a pass stands; the same for all layers. */
 typedef struct kvq_cuda_step {

@@ -8,14 +8,10 @@
  * as it is, for a subnormal half of value code * 4^j * 2^-24: tensor cores multiply those exactly,
  * and 4^-j is in the query. So unpacking is one AND for two codes.
  *
- * Values: the rows of A are the weights times the scales of their tokens, in 16 bits, the high
- * bytes of eight queries above the low ones; the columns of B are channels, whose levels a byte
- * permutation looks up, four tokens at a time.
- *
- * Which token stands in which column of a product is free, so it is chosen such that a lane's
- * scores are the weights that the same lane has to bring to the second product: with u = lane / 2 %
- * 2 and h = lane % 2 those of tokens 4 h .. 4 h + 3 of the octets that lane_octet() names. The
- * tokens of tile T of the scores are number T % 4 of those four, of the octets of T / 4.
+ * Values: the rows of A are the weights times the scales of their tokens, in 14 bits, the high ones
+ * of eight queries above the low ones; the columns of B are channels, whose levels byte
+ * permutations look up, four tokens at a time. The order of tokens is chosen for that:
+ * decode_order.cuh.
  */
 #include "cuda/kernels/port.cuh"
 
@@ -73,10 +69,6 @@ static __device__ __forceinline__ __half2 both(int x) {
     return __floats2half2_rn((float)x, (float)x);
 }
 
-static __device__ __forceinline__ uint32_t word_at(const uint8_t *p) {
-    return *reinterpret_cast<const uint32_t *>(p);
-}
-
 /* Bytes 0 and 2 of a word (which = 0), or 1 and 3, as halves, less what `base` exceeds 1024 by:
  * 0x6400 is 1024, whose last place is 1. */
 static __device__ __forceinline__ __half2 bytes_as_halves(uint32_t word, int which, int base) {
@@ -84,22 +76,17 @@ static __device__ __forceinline__ __half2 bytes_as_halves(uint32_t word, int whi
     return __hsub2(halves_of(raised), both(base));
 }
 
-/* The scores of 16 tokens of a block for the query of this lane's row: s[2 T + e] of tile T, in
- * units of log 2. */
-template <int BITS, int STEPS>
+/* The scores of a block for the query of this lane's row, in units of log 2: those of 16 tokens, in
+ * an order of decode_order.cuh. */
+template <class Order, int BITS, int STEPS>
 static __device__ __forceinline__ void score_block(float s[16], const key_queries<BITS, STEPS> &q,
                                                    const uint8_t *block, const kvq_kv_shape &sh) {
     typedef key_queries<BITS, STEPS> Q;
-    const int lane = threadIdx.x % 32, part = lane % 4, column = lane / 4;
-    const int words = kvq_u_words(&sh, BITS), d = sh.d;
-    const uint8_t *const means = block + kvq_u_means(&sh), *const scales = means + d;
-    const uint8_t *const codes = scales + d;
+    const int part = threadIdx.x % 4, column = threadIdx.x % 32 / 4;
+    const int d = sh.d, words = (d * BITS + 31) / 32;
+    const uint8_t *const means = block + KVQ_U_SCALES + KVQ_BLOCK; /* one group of channels */
+    const uint8_t *const scales = means + d, *const codes = scales + d;
     const uint32_t lowest = ((1u << BITS) - 1) * 0x00010001u;
-    /* the column's own tokens: those of the lane 2 * part' + e whose weights they will be */
-    const int octet[2] = {lane_octet(column / 4, 0, column % 2),
-                          lane_octet(column / 4, 1, column % 2)};
-    const int quarter = column / 2 % 2;
-
     uint32_t scaled[STEPS][Q::PLACES][2];
     float middle[4] = {0, 0, 0, 0}, mean[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -128,6 +115,7 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
     const float unit =
         q.scale * kvq_half_at(block + 2) * kvq_half_at(block + 4) * (0x1p24f * KVQ_LOG2E);
     const float shift = q.scale * kvq_half_at(block) * mean[0] * KVQ_LOG2E;
+    const Order token_scales(block + KVQ_U_SCALES);
 #pragma unroll
     for (int which = 0; which < 2; which++) {
         float product[4][4];
@@ -139,7 +127,9 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             const int w = 4 * step + part;
-            const uint8_t *const at = codes + ((octet[which] * words + w) * 8 + 4 * quarter) * 4;
+            const uint8_t *const at =
+                codes +
+                ((Order::octet(column, which) * words + w) * 8 + 4 * Order::half(column)) * 4;
             const uint4 four =
                 w < words ? *reinterpret_cast<const uint4 *>(at) : make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -155,13 +145,10 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
             }
         }
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const uint32_t scale = token_bytes(block + KVQ_U_SCALES, which, e);
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
-                s[8 * which + 2 * t + e] =
-                    (product[t][e] - 0.5f * middle[0]) * (unit * byte_of(scale, t)) + shift;
-            }
+        for (int i = 0; i < 8; i++) {
+            s[8 * which + i] = (product[i / 2][i % 2] - 0.5f * middle[0]) *
+                                   (unit * token_scales.at(8 * which + i)) +
+                               shift;
         }
     }
 }
@@ -171,55 +158,108 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
  * Splits but the last share out the sealed blocks; the last has all other rows. Grid: query heads
  * of a KV head / 8, KV heads, splits (2 at least).
  */
+
+/* What the threads of a block have to do. */
+struct decode_task {
+    const kvq_cuda_attend_args &a;
+    const kvq_cuda_track &keys, &values;
+    const float *x;  /* the query of the lane's row; that of another where there is none */
+    bool there;      /* whether there is one */
+    int head, first; /* of KV heads; of its query heads */
+    int n;           /* query heads */
+    int begin, end;  /* sealed blocks of the split */
+};
+
+template <int D, class Values, int BITS>
+static __device__ __forceinline__ void decode_blocks(const decode_task &task) {
+    const kvq_cuda_cache &cache = task.a.cache;
+    running<D> r;
+    key_queries<BITS, (D * BITS + 127) / 128> q;
+    clear(r);
+    load_queries(q, task.x, cache.d, task.there);
+    for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
+        float s[16];
+        score_block<typename Values::order>(s, q, kvq_cuda_block(cache, task.keys, b),
+                                            task.keys.shape);
+        Values::add(r, s, kvq_cuda_block(cache, task.values, b), cache.d);
+    }
+    finish(r, task.a, task.first, task.n, Values::channel);
+}
+
+template <int D, class Values>
+static __device__ __forceinline__ void decode_values(const decode_task &task) {
+    if (task.keys.codec == KVQ_CODEC_u1) {
+        decode_blocks<D, Values, 1>(task);
+    } else if (task.keys.codec == KVQ_CODEC_u2) {
+        decode_blocks<D, Values, 2>(task);
+    } else {
+        decode_blocks<D, Values, 4>(task);
+    }
+}
+
+/* Blocks of f16, which are rows too. */
+template <int D> static __device__ __forceinline__ void decode_halves(const decode_task &task) {
+    const kvq_cuda_cache &cache = task.a.cache;
+    running<D> r;
+    row_queries<D> q;
+    clear(r);
+    load_queries(q, task.x, cache.d, task.there);
+    for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
+        const uint8_t *const keys = kvq_cuda_block(cache, task.keys, b);
+        const uint8_t *const values = kvq_cuda_block(cache, task.values, b);
+        add_rows(r, q, cache.d, KVQ_BLOCK, [&](int side, int t) {
+            return reinterpret_cast<const uint16_t *>(side ? values : keys) + t * cache.d;
+        });
+    }
+    finish(r, task.a, task.first, task.n, row_channel);
+}
+
+template <int D>
+static __device__ __forceinline__ void decode_rows(const decode_task &task,
+                                                   const kvq_cuda_step &step) {
+    const kvq_cuda_cache &cache = task.a.cache;
+    const kvq_units units = kvq_count_units(cache, step);
+    running<D> r;
+    row_queries<D> q;
+    clear(r);
+    load_queries(q, task.x, cache.d, task.there);
+    for (int u = units.sealed + threadIdx.x / 32; u < kvq_total_units(units);
+         u += KVQ_CUDA_DECODE_WARPS) {
+        const kvq_unit unit = kvq_unit_at(cache, step, units, u);
+        add_rows(r, q, cache.d, unit.n_tokens, [&](int side, int t) {
+            return kvq_row_of(cache, task.head, side, unit.first + t, step.held);
+        });
+    }
+    finish(r, task.a, task.first, task.n, row_channel);
+}
+
 template <int D> static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a) {
     const kvq_cuda_cache &cache = a.cache;
     const kvq_cuda_step step = *cache.step;
-    const int d = cache.d, head = blockIdx.y, first = blockIdx.x * 8;
-    const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4;
-    const int n = min(8, cache.group - first); /* query heads */
-    const float *const x =
-        a.q + ((size_t)head * cache.n_batch * cache.group + first + min(row, n - 1)) * d;
-    running<D> r;
-    clear(r);
-    if (blockIdx.z == gridDim.z - 1) {
-        const kvq_units units = kvq_count_units(cache, step);
-        row_queries<D> q;
-        load_queries(q, x, d, row < n);
-        for (int u = units.sealed + warp; u < kvq_total_units(units); u += KVQ_CUDA_DECODE_WARPS) {
-            const kvq_unit unit = kvq_unit_at(cache, step, units, u);
-            add_rows(r, q, d, unit.n_tokens, [&](int side, int t) {
-                return kvq_row_of(cache, head, side, unit.first + t, step.held);
-            });
-        }
-        finish(r, a, first, n, row_channel());
-        return;
+    const int head = blockIdx.y, first = blockIdx.x * 8, n = min(8, cache.group - first);
+    const int row = threadIdx.x % 32 / 4, split = blockIdx.z, n_splits = gridDim.z - 1;
+    const size_t query = (size_t)head * cache.n_batch * cache.group + first + min(row, n - 1);
+    const decode_task task = {a,
+                              cache.tracks[head],
+                              cache.tracks[cache.n_heads + head],
+                              a.q + query * cache.d,
+                              row < n,
+                              head,
+                              first,
+                              n,
+                              (int)((int64_t)step.sealed * split / n_splits),
+                              (int)((int64_t)step.sealed * (split + 1) / n_splits)};
+    if (split == n_splits) {
+        decode_rows<D>(task, step);
+    } else if (task.keys.codec == KVQ_CODEC_f16) {
+        decode_halves<D>(task);
+    } else if (task.values.codec == KVQ_CODEC_c8) {
+        decode_values<D, c8_values>(task);
+    } else if (task.values.codec == KVQ_CODEC_t1) {
+        decode_values<D, t_values<1>>(task);
+    } else {
+        decode_values<D, t_values<2>>(task);
     }
-    const kvq_cuda_track &keys = cache.tracks[head];
-    const kvq_cuda_track &values = cache.tracks[cache.n_heads + head];
-    const int n_splits = gridDim.z - 1, split = blockIdx.z;
-    const int begin = (int)((int64_t)step.sealed * split / n_splits);
-    const int end = (int)((int64_t)step.sealed * (split + 1) / n_splits);
-    if (keys.codec == KVQ_CODEC_f16) {
-        row_queries<D> q;
-        load_queries(q, x, d, row < n);
-        for (int b = begin + warp; b < end; b += KVQ_CUDA_DECODE_WARPS) {
-            const uint8_t *const of[2] = {kvq_cuda_block(cache, keys, b),
-                                          kvq_cuda_block(cache, values, b)};
-            add_rows(r, q, d, KVQ_BLOCK, [&](int side, int t) {
-                return reinterpret_cast<const uint16_t *>(side ? of[1] : of[0]) + t * d;
-            });
-        }
-        finish(r, a, first, n, row_channel());
-        return;
-    }
-    key_queries<2, D / 64> q;
-    load_queries(q, x, d, row < n);
-    for (int b = begin + warp; b < end; b += KVQ_CUDA_DECODE_WARPS) {
-        float s[16];
-        score_block(s, q, kvq_cuda_block(cache, keys, b), keys.shape);
-        add_values(r, s, kvq_cuda_block(cache, values, b), values.shape);
-    }
-    finish(r, a, first, n, pair_channel());
 }
 
 #define DECODE(D)                                                                                  \

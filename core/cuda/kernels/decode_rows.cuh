@@ -105,11 +105,9 @@ static __device__ __forceinline__ void add_rows(running<D> &r, const row_queries
     }
 }
 
-/* The order of channels that add_rows() leaves. */
-struct row_channel {
-    __device__ __forceinline__ int operator()(int tile, int e) const {
-        return tile / 8 * 64 + 8 * ((int)(threadIdx.x % 4) * 2 + e) + tile % 8;
-    }
-};
+/* The number that a lane's channel e of a tile has. */
+static __device__ __forceinline__ int row_channel(int tile, int e) {
+    return tile / 8 * 64 + 8 * ((int)(threadIdx.x % 4) * 2 + e) + tile % 8;
+}
 
 #endif

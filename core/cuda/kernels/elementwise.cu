@@ -1,7 +1,7 @@
 /* elementwise.cu: the small operations between the products: embedding, norm, RoPE, gate. */
-#include "weight_units.cuh"
+#include "cuda/kernels/weight_units.cuh"
 
-#include "elementwise_args.h"
+#include "cuda/kernels/elementwise_args.h"
 
 /* ---- embedding --------------------------------------------------------------------------- */
 

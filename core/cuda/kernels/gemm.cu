@@ -5,9 +5,9 @@
  * activations of the same columns, and multiply what the step before has laid there. Each of the
  * four warps multiplies 64 rows by 32 tokens. Sums are f32.
  */
-#include "weight_units.cuh"
+#include "cuda/kernels/weight_units.cuh"
 
-#include "matmul_args.h"
+#include "cuda/kernels/matmul_args.h"
 
 /* ---- activations as halves --------------------------------------------------------------- */
 

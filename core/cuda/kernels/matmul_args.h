@@ -47,14 +47,13 @@ enum {
 };
 
 /* The kernel for n tokens, at most KVQ_MATVEC_TOKENS: kvq_cuda_matvec_FORMAT_TOKENS. */
-static inline int kvq_cuda_matvec_tokens(int n) { return n <= 1 ? 1 : n <= 4 ? 4 : 8; }
+KVQ_BOTH int kvq_cuda_matvec_tokens(int n) { return n <= 1 ? 1 : n <= 4 ? 4 : 8; }
 
 /* Fills rows_per_block and panel of `a` for its kernel and for a device of n_processors. Wide
  * matrices are split over the warps of a block, so that short ones occupy the device; a block takes
  * as many rows as leave two blocks for every processor, for each block has to fetch the
  * activations. */
-static inline kvq_cuda_launch_shape kvq_cuda_matvec_shape(kvq_cuda_matmul_args *a,
-                                                          int n_processors) {
+KVQ_BOTH kvq_cuda_launch_shape kvq_cuda_matvec_shape(kvq_cuda_matmul_args *a, int n_processors) {
     const int tokens = kvq_cuda_matvec_tokens(a->n);
     const int chunks = (a->n_cols + KVQ_MATVEC_CHUNK - 1) / KVQ_MATVEC_CHUNK;
     int panel = 1, rows = 0, blocks = 0;
@@ -103,7 +102,7 @@ typedef struct kvq_cuda_halve_args {
 } kvq_cuda_halve_args;
 
 /* Of the kernels kvq_cuda_gemm_FORMAT, for any number of tokens. */
-static inline kvq_cuda_launch_shape kvq_cuda_gemm_shape(const kvq_cuda_matmul_args *a) {
+KVQ_BOTH kvq_cuda_launch_shape kvq_cuda_gemm_shape(const kvq_cuda_matmul_args *a) {
     uint32_t blocks_y = 0;
     for (int i = 0; i < a->n_matrices; i++) {
         blocks_y += (uint32_t)(a->matrices[i].n_rows + KVQ_GEMM_ROWS - 1) / KVQ_GEMM_ROWS;

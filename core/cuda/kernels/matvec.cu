@@ -7,8 +7,8 @@
  * block take other rows. The activations of a panel of chunks lie in shared memory, in the order in
  * which lanes take them.
  */
-#include "matmul_args.h"
-#include "weight_units.cuh"
+#include "cuda/kernels/matmul_args.h"
+#include "cuda/kernels/weight_units.cuh"
 
 namespace {
 

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 #endif
 #include <cuda_fp16.h>
+#include <math.h>
 #include <stdint.h>
 
 #ifdef KVQ_SIM

@@ -3,7 +3,7 @@
 #define KVQ_CUDA_WAVES_CUH
 
 #include "cuda/kernels/cache_args.h"
-#include "kv/kv_wave.h"
+#include "kv/kv_ids.h"
 
 /* The products of queries with a head's waves. Each thread keeps those of the rows and waves that
  * are its own: item i of a block of threads is wave i % KVQ_WAVES of row i / KVQ_WAVES. */

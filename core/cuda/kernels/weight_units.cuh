@@ -24,7 +24,7 @@
 #ifndef KVQ_CUDA_WEIGHT_UNITS_CUH
 #define KVQ_CUDA_WEIGHT_UNITS_CUH
 
-#include "port.cuh"
+#include "cuda/kernels/port.cuh"
 
 #include "bytes.h"
 
