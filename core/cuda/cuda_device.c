@@ -457,34 +457,37 @@ static void attend_all(kvq_cuda *cuda, const kvq_cuda_cache *cache) {
     merge_splits(cuda, cache, args.n_splits);
 }
 
-/* One token, where decode.cu has a path for all tracks of the layer. */
-static void decode(kvq_cuda *cuda, const kvq_cuda_cache *cache) {
+/* The kind of kernel of one token that takes all KV heads of a layer. */
+static kvq_cuda_decode_kind decode_kind(const kvq_ring *ring) {
+    kvq_cuda_decode_kind all = KVQ_CUDA_DECODE_NONE;
+    for (int head = 0; head < ring->n_heads; head++) {
+        const kvq_track *const keys = &ring->track[KVQ_KEYS][head];
+        const kvq_track *const values = &ring->track[KVQ_VALUES][head];
+        const kvq_cuda_decode_kind kind = kvq_cuda_decode_kind_of(
+            keys->codec, &keys->shape, keys->wave.n, values->codec, &values->shape);
+        if (head > 0 && kind != all) return KVQ_CUDA_DECODE_NONE;
+        all = kind;
+    }
+    return all;
+}
+
+static void attend_one(kvq_cuda *cuda, const kvq_cuda_cache *cache, kvq_cuda_decode_kind kind) {
+    static const kvq_cuda_kernel_id kernels[][2] = {
+        [KVQ_CUDA_DECODE_HALVES] = {KVQ_KERNEL_decode_halves_64, KVQ_KERNEL_decode_halves_128},
+        [KVQ_CUDA_DECODE_PAIRS] = {KVQ_KERNEL_decode_pairs_64, KVQ_KERNEL_decode_pairs_128},
+        [KVQ_CUDA_DECODE_TRELLIS] = {KVQ_KERNEL_decode_trellis_64, KVQ_KERNEL_decode_trellis_128},
+    };
     const unsigned eights = over((size_t)cache->group, 8);
     const int splits = splits_for(cuda, (size_t)cache->n_heads * eights);
     const kvq_cuda_attend_args args = {
         .cache = *cache,
         .q = cuda->queries,
         .partial = cuda->partial,
-        .n_splits = smaller(larger(splits, 1) + 1, cuda->partial_rows / cache->group),
+        .n_splits = larger(splits, 1) + 1, /* the last one has the rows */
     };
-    kvq_cuda_launch(cuda, cache->d <= 64 ? KVQ_KERNEL_decode_64 : KVQ_KERNEL_decode_128, eights,
-                    (unsigned)cache->n_heads, (unsigned)args.n_splits, 32 * KVQ_CUDA_DECODE_WARPS,
-                    0, &args);
+    kvq_cuda_launch(cuda, kernels[kind][cache->d > 64], eights, (unsigned)cache->n_heads,
+                    (unsigned)args.n_splits, 32 * KVQ_CUDA_DECODE_WARPS, 0, &args);
     merge_splits(cuda, cache, args.n_splits);
-}
-
-/* Whether decode.cu has a path for all tracks of a layer. */
-static bool can_decode(const kvq_cuda *cuda, int layer) {
-    const kvq_ring *const ring = &cuda->device.rings[layer];
-    for (int head = 0; head < ring->n_heads; head++) {
-        const kvq_track *const keys = &ring->track[KVQ_KEYS][head];
-        const kvq_track *const values = &ring->track[KVQ_VALUES][head];
-        if (!kvq_cuda_decodes(keys->codec, &keys->shape, keys->wave.n, values->codec,
-                              &values->shape)) {
-            return false;
-        }
-    }
-    return true;
 }
 
 static void attend(kvq_device *device, int layer) {
@@ -499,10 +502,12 @@ static void attend(kvq_device *device, int layer) {
                                            .prepared = cuda->queries};
     kvq_cuda_launch(cuda, KVQ_KERNEL_prepare, over(rows, KVQ_CUDA_VECTORS), heads, 3,
                     KVQ_CUDA_CACHE_THREADS, kvq_cuda_basis_shared(cache->d), &prepare);
-    if (cuda->span.n == 1 && can_decode(cuda, layer)) {
-        decode(cuda, cache);
-    } else {
+    const kvq_cuda_decode_kind kind =
+        cuda->span.n == 1 ? decode_kind(&device->rings[layer]) : KVQ_CUDA_DECODE_NONE;
+    if (kind == KVQ_CUDA_DECODE_NONE) {
         attend_all(cuda, cache);
+    } else {
+        attend_one(cuda, cache, kind);
     }
     /* A graph is launched again when a block is due, so the kernel is in it always. */
     const kvq_cuda_seal_args seal = {.cache = *cache};

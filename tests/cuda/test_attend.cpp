@@ -47,10 +47,17 @@ bool attend_tiles(const kvq_cuda_attend_args &args, int n_rows) {
 
 /* The kernel of one token; splits are two at least. */
 bool decode(const kvq_cuda_attend_args &args, int) {
+    const kvq_cuda_track &keys = args.cache.tracks[0],
+                         &values = args.cache.tracks[args.cache.n_heads];
+    const char *const kinds[] = {"none", "halves", "pairs", "trellis"};
+    const kvq_cuda_decode_kind kind =
+        kvq_cuda_decode_kind_of((kvq_codec_id)keys.codec, &keys.shape, keys.n_waves,
+                                (kvq_codec_id)values.codec, &values.shape);
     const dim3 grid((args.cache.group + 7) / 8, args.cache.n_heads, args.n_splits);
     kvq_cuda_attend_args a = args;
-    return launch(args.cache.d <= 64 ? "kvq_cuda_decode_64" : "kvq_cuda_decode_128", grid,
-                  32 * KVQ_CUDA_DECODE_WARPS, 0, &a);
+    const std::string name =
+        std::string("kvq_cuda_decode_") + kinds[kind] + (args.cache.d <= 64 ? "_64" : "_128");
+    return launch(name.c_str(), grid, 32 * KVQ_CUDA_DECODE_WARPS, 0, &a);
 }
 
 using Attend = bool (*)(const kvq_cuda_attend_args &args, int n_rows);
@@ -179,9 +186,10 @@ void channels_in_groups() {
 void one_token() {
     const struct {
         kvq_codec_id keys, values;
-    } pairs[] = {{KVQ_CODEC_u2, KVQ_CODEC_c8}, {KVQ_CODEC_f16, KVQ_CODEC_f16},
-                 {KVQ_CODEC_u1, KVQ_CODEC_t1}, {KVQ_CODEC_u2, KVQ_CODEC_t2},
-                 {KVQ_CODEC_u4, KVQ_CODEC_t2}, {KVQ_CODEC_u4, KVQ_CODEC_c8}};
+    } pairs[] = {{KVQ_CODEC_u2, KVQ_CODEC_c8},   {KVQ_CODEC_f16, KVQ_CODEC_f16},
+                 {KVQ_CODEC_u1, KVQ_CODEC_t1},   {KVQ_CODEC_u2, KVQ_CODEC_t2},
+                 {KVQ_CODEC_u4, KVQ_CODEC_t2},   {KVQ_CODEC_mixed, KVQ_CODEC_t2},
+                 {KVQ_CODEC_mixed, KVQ_CODEC_t1}};
     for (const auto &pair : pairs) {
         for (int d : {64, 80, 96, 128}) {
             for (int group : {1, 3, 4, 7, 8, 11}) {
@@ -204,8 +212,22 @@ void one_token() {
     }
 }
 
+void waves_of_one_token() {
+    for (int n_waves : {1, 3, 5, 8}) {
+        for (int d : {64, 128}) {
+            attend_options o = options(KVQ_CODEC_mixed, KVQ_CODEC_t2);
+            o.d_head = d;
+            o.held = 700;
+            o.group = n_waves;
+            o.n_waves = n_waves;
+            check("waves of one token", decode, o, 3, decode_tolerance);
+        }
+    }
+}
+
 void all() {
     one_token();
+    waves_of_one_token();
     every_codec_at_every_width();
     edges_of_the_context();
     queries_per_kv_head();

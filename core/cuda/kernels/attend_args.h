@@ -13,7 +13,7 @@
 #define KVQ_CUDA_D_MAX 256 /* the widest head that kernels take */
 
 #define KVQ_CUDA_MERGE_THREADS 128
-#define KVQ_CUDA_DECODE_WARPS 4 /* of kvq_cuda_decode_W */
+#define KVQ_CUDA_DECODE_WARPS 4 /* of kvq_cuda_decode_KIND_W */
 
 /* Queries come as rows: row r of a KV head is query head r % group of token r / group. */
 typedef struct kvq_cuda_attend_args {
@@ -32,14 +32,27 @@ typedef struct kvq_cuda_merge_args {
     int32_t n_splits;
 } kvq_cuda_merge_args;
 
-/* Whether kvq_cuda_decode_W has a path for a KV head's codecs. */
-KVQ_BOTH int kvq_cuda_decodes(kvq_codec_id keys, const kvq_kv_shape *of_keys, int n_waves,
-                              kvq_codec_id values, const kvq_kv_shape *of_values) {
-    if (of_keys->d > 128) return 0;
-    if (keys == KVQ_CODEC_f16) return values == KVQ_CODEC_f16;
-    return (keys == KVQ_CODEC_u1 || keys == KVQ_CODEC_u2 || keys == KVQ_CODEC_u4) &&
-           (values == KVQ_CODEC_c8 || values == KVQ_CODEC_t1 || values == KVQ_CODEC_t2) &&
-           of_keys->group == of_keys->d && of_values->group == of_values->d && !n_waves;
+/* The kernels of one token, kvq_cuda_decode_KIND_W, W 64 or 128 the widest head, by the kind of
+ * values: f16 (and keys alike); c8 with keys of u2; t1 and t2 with keys of u1, u2, u4 or mixed. */
+typedef enum kvq_cuda_decode_kind {
+    KVQ_CUDA_DECODE_NONE, /* kvq_cuda_attend_W has to do it */
+    KVQ_CUDA_DECODE_HALVES,
+    KVQ_CUDA_DECODE_PAIRS,
+    KVQ_CUDA_DECODE_TRELLIS
+} kvq_cuda_decode_kind;
+
+/* The kind that takes a KV head, whose keys have n_waves waves. */
+KVQ_BOTH kvq_cuda_decode_kind kvq_cuda_decode_kind_of(kvq_codec_id keys,
+                                                      const kvq_kv_shape *of_keys, int n_waves,
+                                                      kvq_codec_id values,
+                                                      const kvq_kv_shape *of_values) {
+    const int uniform = keys == KVQ_CODEC_u1 || keys == KVQ_CODEC_u2 || keys == KVQ_CODEC_u4;
+    if (of_keys->d > 128 || of_values->group != of_values->d) return KVQ_CUDA_DECODE_NONE;
+    if (keys == KVQ_CODEC_f16 && values == KVQ_CODEC_f16) return KVQ_CUDA_DECODE_HALVES;
+    if (uniform && (of_keys->group != of_keys->d || n_waves)) return KVQ_CUDA_DECODE_NONE;
+    if (keys == KVQ_CODEC_u2 && values == KVQ_CODEC_c8) return KVQ_CUDA_DECODE_PAIRS;
+    if (values != KVQ_CODEC_t1 && values != KVQ_CODEC_t2) return KVQ_CUDA_DECODE_NONE;
+    return uniform || keys == KVQ_CODEC_mixed ? KVQ_CUDA_DECODE_TRELLIS : KVQ_CUDA_DECODE_NONE;
 }
 
 /* Shapes of kvq_cuda_attend_W, W the widest head that it takes: warps, each of which has 16 rows,

@@ -15,6 +15,8 @@
  */
 #include "cuda/kernels/port.cuh"
 
+#include "cuda/kernels/decode_halves.cuh"
+#include "cuda/kernels/decode_mixed.cuh"
 #include "cuda/kernels/decode_rows.cuh"
 #include "cuda/kernels/decode_values.cuh"
 
@@ -32,10 +34,7 @@ static __device__ __forceinline__ void load_queries(key_queries<BITS, STEPS> &q,
                                                     int d, bool there) {
     typedef key_queries<BITS, STEPS> Q;
     const int part = threadIdx.x % 4;
-    float largest = 0;
-    for (int c = part; c < d && there; c += 4) largest = fmaxf(largest, fabsf(x[c]));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    const float largest = largest_of_query(x, d, there);
     const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
     q.scale = largest;
 #pragma unroll
@@ -51,29 +50,6 @@ static __device__ __forceinline__ void load_queries(key_queries<BITS, STEPS> &q,
             }
         }
     }
-}
-
-static __device__ __forceinline__ uint32_t bits_of(__half2 x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static __device__ __forceinline__ __half2 halves_of(uint32_t bits) {
-    __half2 x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static __device__ __forceinline__ __half2 both(int x) {
-    return __floats2half2_rn((float)x, (float)x);
-}
-
-/* Bytes 0 and 2 of a word (which = 0), or 1 and 3, as halves, less what `base` exceeds 1024 by:
- * 0x6400 is 1024, whose last place is 1. */
-static __device__ __forceinline__ __half2 bytes_as_halves(uint32_t word, int which, int base) {
-    const uint32_t raised = __byte_perm(word, 0x64646464u, which ? 0x4341 : 0x4240);
-    return __hsub2(halves_of(raised), both(base));
 }
 
 /* The scores of a block for the query of this lane's row, in units of log 2: those of 16 tokens, in
@@ -101,11 +77,11 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 scaled[step][j][k] =
-                    bits_of(__hmul2(q.x[step][j][k], bytes_as_halves(scale, k, 1024)));
+                    bits_of(__hmul2(q.x[step][j][k], halves_at(scale, k ? 0x4341 : 0x4240, 1024)));
             }
             const uint32_t plain[4] = {bits_of(q.x[step][j][0]), 0, bits_of(q.x[step][j][1]), 0};
-            const uint32_t b[2] = {bits_of(__hmul2(bytes_as_halves(of_mean, 0, 1152), up)),
-                                   bits_of(__hmul2(bytes_as_halves(of_mean, 1, 1152), up))};
+            const uint32_t b[2] = {bits_of(__hmul2(halves_at(of_mean, 0x4240, 1152), up)),
+                                   bits_of(__hmul2(halves_at(of_mean, 0x4341, 1152), up))};
             const uint32_t a[4] = {scaled[step][j][0], 0, scaled[step][j][1], 0};
             const uint32_t highest[2] = {lowest << (BITS * j), lowest << (BITS * j)};
             kvq_mma_f16(mean, plain, b);
@@ -171,7 +147,7 @@ struct decode_task {
 };
 
 template <int D, class Values, int BITS>
-static __device__ __forceinline__ void decode_blocks(const decode_task &task) {
+static __device__ __forceinline__ void decode_uniform(const decode_task &task) {
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
     key_queries<BITS, (D * BITS + 127) / 128> q;
@@ -187,32 +163,68 @@ static __device__ __forceinline__ void decode_blocks(const decode_task &task) {
 }
 
 template <int D, class Values>
-static __device__ __forceinline__ void decode_values(const decode_task &task) {
-    if (task.keys.codec == KVQ_CODEC_u1) {
-        decode_blocks<D, Values, 1>(task);
-    } else if (task.keys.codec == KVQ_CODEC_u2) {
-        decode_blocks<D, Values, 2>(task);
-    } else {
-        decode_blocks<D, Values, 4>(task);
-    }
-}
-
-/* Blocks of f16, which are rows too. */
-template <int D> static __device__ __forceinline__ void decode_halves(const decode_task &task) {
+static __device__ __forceinline__ void decode_mixed(const decode_task &task) {
+    __shared__ mixed_queries<D> q;
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
-    row_queries<D> q;
     clear(r);
-    load_queries(q, task.x, cache.d, task.there);
+    const float scale = load_queries(q, task.x, task.keys.shape, task.there);
+    const projected on = project(task.keys, task.x, cache.d);
     for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
-        const uint8_t *const keys = kvq_cuda_block(cache, task.keys, b);
-        const uint8_t *const values = kvq_cuda_block(cache, task.values, b);
-        add_rows(r, q, cache.d, KVQ_BLOCK, [&](int side, int t) {
-            return reinterpret_cast<const uint16_t *>(side ? values : keys) + t * cache.d;
-        });
+        float s[16];
+        score_mixed(s, q, scale, kvq_cuda_block(cache, task.keys, b), task.keys.shape);
+        if (task.keys.n_waves) add_waves(s, q.turned[threadIdx.x / 32], cache, task.keys, on, b);
+        Values::add(r, s, kvq_cuda_block(cache, task.values, b), cache.d);
     }
-    finish(r, task.a, task.first, task.n, row_channel);
+    finish(r, task.a, task.first, task.n, Values::channel);
 }
+
+/* Sealed blocks by the kind of their values; the codec of keys is chosen here. */
+struct halves_blocks {
+    template <int D> static __device__ __forceinline__ void decode(const decode_task &task) {
+        const kvq_cuda_cache &cache = task.a.cache;
+        running<D> r;
+        row_queries<D> q;
+        clear(r);
+        load_queries(q, task.x, cache.d, task.there);
+        for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
+            const uint8_t *const keys = kvq_cuda_block(cache, task.keys, b);
+            const uint8_t *const values = kvq_cuda_block(cache, task.values, b);
+            add_rows(r, q, cache.d, KVQ_BLOCK, [&](int side, int t) {
+                return reinterpret_cast<const uint16_t *>(side ? values : keys) + t * cache.d;
+            });
+        }
+        finish(r, task.a, task.first, task.n, row_channel);
+    }
+};
+
+struct pairs_blocks {
+    template <int D> static __device__ __forceinline__ void decode(const decode_task &task) {
+        decode_uniform<D, c8_values, 2>(task);
+    }
+};
+
+struct trellis_blocks {
+    template <int D, class Values>
+    static __device__ __forceinline__ void decode_keys(const decode_task &task) {
+        if (task.keys.codec == KVQ_CODEC_mixed) {
+            decode_mixed<D, Values>(task);
+        } else if (task.keys.codec == KVQ_CODEC_u1) {
+            decode_uniform<D, Values, 1>(task);
+        } else if (task.keys.codec == KVQ_CODEC_u2) {
+            decode_uniform<D, Values, 2>(task);
+        } else {
+            decode_uniform<D, Values, 4>(task);
+        }
+    }
+    template <int D> static __device__ __forceinline__ void decode(const decode_task &task) {
+        if (task.values.codec == KVQ_CODEC_t1) {
+            decode_keys<D, t_values<1>>(task);
+        } else {
+            decode_keys<D, t_values<2>>(task);
+        }
+    }
+};
 
 template <int D>
 static __device__ __forceinline__ void decode_rows(const decode_task &task,
@@ -233,7 +245,8 @@ static __device__ __forceinline__ void decode_rows(const decode_task &task,
     finish(r, task.a, task.first, task.n, row_channel);
 }
 
-template <int D> static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a) {
+template <int D, class Blocks>
+static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a) {
     const kvq_cuda_cache &cache = a.cache;
     const kvq_cuda_step step = *cache.step;
     const int head = blockIdx.y, first = blockIdx.x * 8, n = min(8, cache.group - first);
@@ -251,22 +264,20 @@ template <int D> static __device__ __forceinline__ void decode(const kvq_cuda_at
                               (int)((int64_t)step.sealed * (split + 1) / n_splits)};
     if (split == n_splits) {
         decode_rows<D>(task, step);
-    } else if (task.keys.codec == KVQ_CODEC_f16) {
-        decode_halves<D>(task);
-    } else if (task.values.codec == KVQ_CODEC_c8) {
-        decode_values<D, c8_values>(task);
-    } else if (task.values.codec == KVQ_CODEC_t1) {
-        decode_values<D, t_values<1>>(task);
     } else {
-        decode_values<D, t_values<2>>(task);
+        Blocks::template decode<D>(task);
     }
 }
 
-#define DECODE(D)                                                                                  \
+#define DECODE(KIND, D)                                                                            \
     extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_DECODE_WARPS, 2)                    \
-        kvq_cuda_decode_##D(const kvq_cuda_attend_args a) {                                        \
-        decode<D>(a);                                                                              \
+        kvq_cuda_decode_##KIND##_##D(const kvq_cuda_attend_args a) {                               \
+        decode<D, KIND##_blocks>(a);                                                               \
     }                                                                                              \
-    KVQ_EXPORT_KERNEL(kvq_cuda_decode_##D)
-DECODE(64)
-DECODE(128)
+    KVQ_EXPORT_KERNEL(kvq_cuda_decode_##KIND##_##D)
+DECODE(halves, 64)
+DECODE(halves, 128)
+DECODE(pairs, 64)
+DECODE(pairs, 128)
+DECODE(trellis, 64)
+DECODE(trellis, 128)
