@@ -332,7 +332,9 @@ typedef struct token_weights {
  * was weighed so far: of the block's sum, or of a token that weighs 1 (the largest that the query
  * has met does, by softmax) and whose scale is half of the block's largest. Rounding to 1 / 255 of
  * that weight moves the result by no more than rounding to 1 / 4095 does where one token has all
- * the weight. The choice depends on one query and its block only, not on what else is computed. */
+ * the weight, and what models make of it says so too: up to 1 / 8 it cannot be told from planes of
+ * twelve bits everywhere, bytes everywhere double the KL (the table in docs/speed.md). The choice
+ * depends on one query and its block only, not on what else is computed. */
 #define KV_BYTES_ENOUGH 16.0f
 #define KV_SCALE_OF_ONE 128.0f
 
