@@ -15,6 +15,8 @@ HEADERS = $(sort $(wildcard core/*.h core/*.def core/*/*.h core/*/*.def core/*/*
                    core/cuda/kernels/*.h tests/c/*.h))
 TESTS_C = $(sort $(wildcard tests/c/*.c))
 C_FILES = $(CORE) $(TESTS_C) $(filter %.h %.inl,$(HEADERS)) $(wildcard bench/*.c tests/fuzz/*.[ch])
+CUDA_FILES = $(wildcard core/cuda/kernels/*.cu core/cuda/kernels/*.cuh \
+               $(foreach d,tests/cuda tests/cuda/fake tests/cuda/sim,$d/*.[ch] $d/*.cpp $d/*.cu))
 EXTENSION = pykvq/_native.abi3.so
 PY = $(VENV)/bin/python
 
@@ -23,7 +25,8 @@ FUZZ_TARGETS = gguf profile
 
 .PHONY: help setup run test lib ext pull test-c test-arm64 test-py sanitize fuzz fuzz-libfuzzer lint format \
         $(FUZZ_TARGETS:%=fuzz-%) $(FUZZ_TARGETS:%=fuzz-libfuzzer-%) \
-        bench-weights bench-kv quality speed speed-large speed-others fast-path accuracy tables plots clean
+        bench-weights bench-kv quality speed speed-large speed-others fast-path accuracy gpu-check \
+        tables plots clean
 help: ## print this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
@@ -150,12 +153,13 @@ lint: $(VENV)/.ready-dev ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+	$(VENV)/bin/mypy --strict tests/cuda/ptx
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES) $(CUDA_FILES)
 
 format: $(VENV)/.ready-dev ## bring all sources into the project's style
 	$(VENV)/bin/ruff check --fix -q .
 	$(VENV)/bin/ruff format -q .
-	$(VENV)/bin/clang-format -i $(C_FILES)
+	$(VENV)/bin/clang-format -i $(C_FILES) $(CUDA_FILES)
 
 $(BUILD)/bench_weights: bench/bench_weights.c $(BUILD)/libkvq.a
 	$(CC) $(KVQ_CFLAGS) $< $(BUILD)/libkvq.a $(LIBS) -o $@
@@ -209,6 +213,9 @@ fast-path: ext ## measure how near the fast kernels are to the reference (needs 
 accuracy: ext ## measure how near the logits are to float32, ours and llama.cpp's (needs PYKVQ_DATA)
 	$(PY) bench/accuracy.py smollm2
 	$(PY) bench/accuracy.py qwen2.5-coder-0.5b
+
+gpu-check: ext $(VENV)/.ready-dev ## test and measure the CUDA device on a GPU; where there is none, say so
+	$(PY) bench/gpu_check.py
 
 tables: ext ## write the generated tables of README.md and docs/
 	$(PY) docs/make_tables.py

@@ -38,11 +38,12 @@ class Gpu:
 
     Attributes:
         name: The product.
-        source: Where the figures stand.
+        source: Where the figures stand, and which of them could not be verified.
         n_sm: Streaming multiprocessors.
         ghz: Boost clock.
         gb_per_s: Bandwidth of memory.
         fma16: Dense products of halves, summed in f32, per SM and clock; int8 has twice as many.
+        half2: Threads whose instruction on two halves an SM executes per clock.
     """
 
     name: str
@@ -51,80 +52,112 @@ class Gpu:
     ghz: float
     gb_per_s: float
     fma16: int
+    half2: int
 
 
 GPUS = (
     Gpu(
         "H100 SXM",
-        "H100 data sheet: 3.35 TB/s, 67 TFLOPS of f32 on 132 SMs of 128 lanes, so 1.98 GHz; "
-        "mma.sync taken at half of the 989 TFLOPS that only wgmma reaches",
+        "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html (NVIDIA's table): 132 SMs, "
+        "3350 GB/s, 67 TFLOPS of f32, 989 dense of f16 on tensor cores; "
+        "https://glennklockwood.com/garden/processors/h100: 1.98 GHz, 133.8 TFLOPS of f16 "
+        "elsewhere. fma16 is half of the peak, which only wgmma reaches; what mma.sync reaches was "
+        "not verified.",
         132,
         1.98,
         3350,
         1024,
+        128,
     ),
     Gpu(
         "RTX 4090",
-        "Ada GPU architecture whitepaper, appendix A: 128 SMs, 2.52 GHz, 1008 GB/s, 165 TFLOPS of "
-        "f16 with f32 sums",
+        "https://waredb.com/processor/nvidia-geforce-rtx-4090: 2.52 GHz, 1008 GB/s, 165.2 TFLOPS "
+        "of f16 on tensor cores, 82.6 of f16 and of f32 elsewhere; "
+        "https://holynerdvana.blogspot.com/2022/10/nvidia-geforce-rtx-4090-specifications.html: "
+        "128 SMs. NVIDIA's own whitepaper was not at hand.",
         128,
         2.52,
         1008,
         256,
+        64,
     ),
     Gpu(
         "Jetson Orin Nano 8GB",
-        "Jetson Orin Nano series data sheet DS-11105-001: 1024 cores in 8 SMs, 625 MHz, 68 GB/s",
+        "Jetson Orin Nano series data sheet DS-11105-001: 1024 cores, 625 MHz, 68 GB/s (1.02 GHz "
+        "and 102 GB/s in the mode MAXN_SUPER, not modeled), 1.28 TFLOPS of f32, 2.56 of f16; "
+        "10.24 dense of f16 on tensor cores. Quoted from copies of it.",
         8,
         0.625,
         68,
         1024,
+        128,
     ),
     Gpu(
         "AGX Orin 64GB",
-        "Jetson AGX Orin series data sheet DS-10662-001: 2048 cores in 16 SMs, 1.3 GHz, 204.8 "
-        "GB/s; 85 dense int8 TOPS",
+        "Jetson AGX Orin series data sheet DS-10662-001: 8 TPCs of 2 SMs, 2048 cores, 1.3 GHz, "
+        "204.8 GB/s, 5.32 TFLOPS of f32, 10.65 of f16, 85 sparse of f16 on tensor cores. Quoted "
+        "from copies of it.",
         16,
         1.3,
         204.8,
         1024,
+        128,
     ),
 )
 
-# Warp instructions that the schedulers of an SM issue per clock; all four GPUs have 4 of them.
+# Warp instructions that the schedulers of an SM issue per clock, one for each of its 4 parts.
 ISSUE_SLOTS = 4
 
-# Results per clock and SM: CUDA C++ Programming Guide, "Arithmetic Instructions", columns 8.6, 8.9
-# and 9.0, which agree on these rows (8.7, Orin's, is that of 8.6). dp4a and prmt have no row: they
-# are taken as an integer multiply-add and as logic. "All other type conversions" are 16.
+# Threads per clock and SM. NVIDIA's table is "Throughput of Native Arithmetic Instructions" of the
+# CUDA C++ Best Practices Guide (until CUDA 12 of the Programming Guide); it was not at hand itself.
+# By quotations of it, or by data sheets:
+#   fp32 128              all four data sheets: TFLOPS / (2 * SMs * clock)
+#   int, int64, imul 64   8.6 (quoted); H100: 33.5, RTX 4090: 41.3 TOPS of int32
+#   half to float 64      9.0 and 12.0 (quoted); a conversion to half 16 there
+#   mufu 16               8.6 (quoted)
+# Not verified for 8.6 to 9.0, where 7.x and 12.0 agree on them (quoted): logic, shift and compare
+# 64, shfl 32, bits 16. Not verified at all: prmt and vote, taken as logic; dp4a, taken as imul,
+# whose unit executes it (https://forums.developer.nvidia.com/t/302018/7); other conversions, div
+# and redux 16; loads and stores 32. The instruction on two halves is a figure of each GPU.
 PIPES: dict[str, dict[str, float]] = {
     "integer and logic": dict.fromkeys(
         ("int", "int64", "logic", "shift", "compare", "prmt", "vote", "mov"), 64
     ),
-    "multiply-add": {"fp32": 128, "fp16": 128, "imul": 64, "dp4a": 64, "half to float": 128},
+    "multiply-add": {"fp32": 128, "imul": 64, "dp4a": 64, "half to float": 64},
     "special function": {"mufu": 16, "cvt": 16, "div": 16, "bits": 16, "redux": 16},
     "load and store": {"ldg": 32, "stg": 32, "cp.async": 32, "shfl": 32, "ldl": 32, "stl": 32},
 }
 
 # SASS instructions for one of PTX, where that is not 1. mov: constants and renamed registers, which
 # ptxas folds away.
-_FOLDED = {"mov": 0, "free": 0, "int64": 2, "imul64": 3}
+_FOLDED = {"mov": 0, "free": 0, "int64": 2}
+
+# Of these only one instruction is of the special function unit; the others are plain arithmetic.
+_AROUND = ("mufu", "div")
+
+# Conversions of integers that only rename registers.
+_RENAMED = {("cvt", "u32", "u64"), ("cvt", "u64", "u32")}
 
 
 def slots(statement: Statement) -> int:
     """Instructions that ptxas is taken to make of a statement.
 
-    A division of integers compiles to up to 20, says the guide; others were seen in SASS of sm_86.
+    The numbers are those of toy kernels by CUDA 13.0, disassembled: the same on sm_86 and sm_90. Of
+    what has a slow path for denormal numbers and the like, the fast path is counted.
     """
     name, kind = statement.opcode[0], class_of(statement)
+    if statement.opcode in _RENAMED:
+        return 0
     if name in ("bfe", "bfi"):
-        return 2
+        return 2  # of constant places
     if kind == "div":
-        return 20 if statement.type != "f32" else 10
+        return 20 if statement.type != "f32" else 10  # integers: unsigned 18, signed 24
     if kind == "imul" and statement.type.endswith("64") and not statement.has("wide"):
-        return _FOLDED["imul64"]
+        return 4
     if name in ("sqrt", "rcp") and statement.has("rn"):
-        return 8
+        return 10
+    if name == "ex2" and not statement.has("ftz"):
+        return 4  # its argument and its result are scaled where they could be denormal
     return _FOLDED.get(kind, 1)
 
 
@@ -132,6 +165,8 @@ def kind_of(statement: Statement) -> str:
     """The class whose throughput a statement has."""
     if statement.opcode == ("cvt", "f32", "f16"):
         return "half to float"  # an addition of halves with a result in f32
+    if statement.opcode == ("cvt", "s64", "s32"):
+        return "shift"  # which makes the upper half
     return class_of(statement)
 
 
@@ -162,6 +197,7 @@ class Cost:
         clocks = {"issue": self.issued / ISSUE_SLOTS}
         for pipe, rates in PIPES.items():
             clocks[pipe] = sum(32 * self.by_kind.get(k, 0) / rate for k, rate in rates.items())
+        clocks["multiply-add"] += 32 * self.by_kind.get("fp16", 0) / gpu.half2
         clocks["load and store"] += self.shared_passes
         clocks["tensor cores"] = self.products / gpu.fma16
         found = {name: n / (gpu.n_sm * gpu.ghz) for name, n in clocks.items()}
@@ -192,7 +228,12 @@ def _totals(counts: Counts) -> _Totals:
     lines: Counter[tuple[str, int]] = Counter()
     products = 0.0
     for statement, n in zip(counts.kernel.statements, counts.warps.tolist(), strict=True):
-        kinds[kind_of(statement)] += n * slots(statement)
+        kind, more = kind_of(statement), slots(statement) - 1
+        if kind in _AROUND and more > 0:
+            kinds["mufu"] += n
+            kinds["int" if statement.type[0] in "su" else "fp32"] += n * more
+        else:
+            kinds[kind] += n * (more + 1)
         file, line = statement.source or ("?", 0)
         lines[Path(file).name, line] += n * slots(statement)
         if statement.opcode[0] == "mma":

@@ -99,11 +99,18 @@ def _read(isa: str, reading: Reading, given: Mapping[str, Blocks]) -> dict[str, 
         found = {}
         for kv in reading.kv:
             with model.session(kv=kv, kv_window=reading.window) as session:
-                found[kv] = _read_scheme(session, reading, given.get(kv))
+                found[kv] = read_scheme(session, reading, given.get(kv))
         return found
 
 
-def _read_scheme(session: Session, reading: Reading, given: Blocks | None) -> Found:
+def read_scheme(session: Session, reading: Reading, given: Blocks | None) -> Found:
+    """What a session makes of the tokens, as if they came one by one.
+
+    Args:
+        session: It holds nothing, and stays with the tokens.
+        reading: What to read.
+        given: Blocks to put in the place of those that are sealed.
+    """
     info = session.model.info
     n, first = len(reading.ids), len(reading.ids) - reading.n_scored
     logits = np.empty((reading.n_scored, info.n_vocab), np.float32)

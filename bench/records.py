@@ -37,7 +37,7 @@ def model_slug(model: str) -> str:
 
 def machine_slug() -> str:
     """The processor and its cores as a part of a file's name: "amd-epyc-2"."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {os.cpu_count()}".lower()).strip("-")
+    return slug(f"{processor()} {os.cpu_count()}")
 
 
 def command() -> str:
@@ -62,8 +62,13 @@ def model_facts(name: str, path: str | os.PathLike[str]) -> Json:
     return {"model": name, "file": os.path.basename(path), "bytes_model": os.path.getsize(path)}
 
 
-def save(name: str, record: Json) -> Path:
+def slug(text: str) -> str:
+    """A text as a part of a file's name: "nvidia-h100"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def save(name: str, record: Json, folder: Path = RESULTS) -> Path:
     """Writes bench/results/NAME.json; returns its path."""
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path

@@ -64,7 +64,8 @@ typedef struct kvq_span {
 typedef struct kvq_device kvq_device;
 
 typedef struct kvq_device_ops {
-    /* Makes room for so many sealed blocks. Where it fails nothing has changed. */
+    /* Makes room for so many sealed blocks. Where it fails nothing has changed. A device on which
+     * a step has failed before says that, whatever the number. */
     kvq_status (*reserve)(kvq_device *device, int n_blocks);
     /* A span comes, whose residual stream is x[n][d_model], in memory of the host. */
     void (*begin)(kvq_device *device, const kvq_span *span, const float *x);

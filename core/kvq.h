@@ -234,6 +234,11 @@ typedef struct kvq_session_stats {
     /* The GPU's part of the bytes above, once the context is full, with what its alignment adds;
      * and what is allocated there now (0 for a plan). */
     uint64_t bytes_gpu, bytes_gpu_now;
+    /* The parts of bytes_gpu: weights; sinks and recent rows; sealed blocks, which come in chunks
+     * of bytes_gpu_chunk; the profile with the tracks; what a pass works in. */
+    uint64_t bytes_gpu_weights, bytes_gpu_rows, bytes_gpu_sealed, bytes_gpu_tables;
+    uint64_t bytes_gpu_scratch, bytes_gpu_chunk;
+    uint64_t bytes_host_weights; /* weights that the CPU reads: all, if nothing is on a GPU */
     double bits_sealed_k, bits_sealed_v; /* per element of a sealed block, metadata included */
     /* Bits per element of the whole cache (sinks, sealed blocks, recent rows, all metadata,
      * tables): bits_full once n_ctx tokens fill it, bits_used for the n_tokens that it holds now.

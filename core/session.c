@@ -452,6 +452,9 @@ kvq_status kvq_session_longest(const kvq_model *model, const kvq_session_options
 
 static int held(const kvq_session *s) { return s->forward.rings[0].n; }
 
+/* What went wrong on the GPU, in a pass or since: it is of no use after that. */
+static kvq_status check_gpu(kvq_session *s) { return kvq_forward_reserve(&s->forward, 0); }
+
 static void truncate_all(kvq_session *s, int n) {
     for (uint32_t l = 0; l < s->model->config.n_layers; l++) {
         kvq_device *const device = kvq_device_of(&s->forward, (int)l);
@@ -556,7 +559,10 @@ kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t
             session->n_evaluated += (uint64_t)pass.n;
         } else if (status == KVQ_CANCELLED) {
             undo_pass(session, before);
-            kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.", done, n);
+            status = check_gpu(session);
+            if (status != KVQ_OK) break;
+            status = kvq_fail(KVQ_CANCELLED, "The evaluation was cancelled after %d of %d tokens.",
+                              done, n);
         }
     }
     atomic_store(&session->cancelled, 0);
@@ -575,7 +581,7 @@ kvq_status kvq_session_truncate(kvq_session *session, int32_t n) {
                         n);
     }
     truncate_all(session, n);
-    return KVQ_OK;
+    return check_gpu(session);
 }
 
 kvq_status kvq_session_fill(kvq_session *session, int32_t n) {
@@ -605,7 +611,7 @@ kvq_status kvq_session_fill(kvq_session *session, int32_t n) {
         kvq_device *const device = kvq_device_of(&session->forward, (int)l);
         device->ops->repeat(device, (int)l, blocks);
     }
-    return KVQ_OK;
+    return check_gpu(session);
 }
 
 void kvq_session_time(kvq_session *session, int32_t on) {
@@ -669,6 +675,13 @@ void kvq_session_describe(const kvq_session *session, kvq_session_stats *out) {
         .gpu_head = s->placement.head_on_gpu,
         .bytes_gpu = kvq_session_gpu_bytes(s),
         .bytes_gpu_now = s->forward.gpu ? kvq_cuda_bytes_now(s->forward.gpu) : 0,
+        .bytes_gpu_weights = s->gpu_bytes.weights,
+        .bytes_gpu_rows = s->gpu_bytes.rows,
+        .bytes_gpu_sealed = s->gpu_bytes.sealed,
+        .bytes_gpu_tables = s->gpu_bytes.tables,
+        .bytes_gpu_scratch = s->gpu_bytes.scratch,
+        .bytes_gpu_chunk = s->gpu_bytes.chunk,
+        .bytes_host_weights = kvq_session_host_weights(s),
         .bits_sealed_k = s->bits[KVQ_KEYS],
         .bits_sealed_v = s->bits[KVQ_VALUES],
         .bits_full = 8.0 * (double)(total + s->table_bytes) / (per_token * s->n_ctx),
@@ -698,7 +711,7 @@ kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_hea
     kvq_device *const device = kvq_device_of(&session->forward, layer);
     *data = device->ops->block(device, layer, kv_head, side, block);
     *bytes = ring->track[side][kv_head].block_bytes;
-    return KVQ_OK;
+    return check_gpu(session);
 }
 
 uint64_t kvq_session_digest(const kvq_session *session) {

@@ -43,8 +43,9 @@ kvq_status kvq_session_place(kvq_session *s, const kvq_session_options *options,
 /* Lays out everything in no memory: what it would take on the host and on the GPU. */
 kvq_status kvq_session_measure(kvq_session *s);
 
-/* What a session takes of the memory of the host, and of the GPU. */
+/* What a session takes of the memory of the host, the weights of that, and of the GPU. */
 uint64_t kvq_session_host_bytes(const kvq_session *s);
+uint64_t kvq_session_host_weights(const kvq_session *s);
 uint64_t kvq_session_gpu_bytes(const kvq_session *s);
 
 /* What a device is asked for: valid as long as the session. */

@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "cuda/cuda_weights.h"
 #include "session_part.h"
 
 enum {
@@ -44,8 +45,7 @@ static uint64_t tensor_bytes(const kvq_tensor *tensor) {
     return tensor->data ? (uint64_t)tensor->rows * tensor->row_bytes : 0;
 }
 
-/* Bytes of the weights that the CPU reads. */
-static uint64_t host_weights(const kvq_session *s) {
+uint64_t kvq_session_host_weights(const kvq_session *s) {
     const kvq_model *const model = s->model;
     uint64_t bytes = tensor_bytes(&model->token_embd) + tensor_bytes(&model->rope_freqs);
     if (!s->placement.n_layers_gpu) return model->bytes_weights;
@@ -63,12 +63,21 @@ static uint64_t host_weights(const kvq_session *s) {
 }
 
 uint64_t kvq_session_host_bytes(const kvq_session *s) {
-    return host_weights(s) + s->kv_bytes + s->table_bytes + s->scratch_bytes;
+    return kvq_session_host_weights(s) + s->kv_bytes + s->table_bytes + s->scratch_bytes;
 }
 
 uint64_t kvq_session_gpu_bytes(const kvq_session *s) {
     const kvq_cuda_bytes *const b = &s->gpu_bytes;
     return b->weights + b->rows + b->sealed + b->tables + b->scratch;
+}
+
+/* What it would take beyond what other sessions of the model have there. */
+static uint64_t more_gpu_bytes(const kvq_session *s) {
+    const kvq_placement *const p = &s->placement;
+    const bool shared =
+        p->n_layers_gpu &&
+        kvq_cuda_weights_shared(s->model, p->gpu, s->forward.n_layers_cpu, p->head_on_gpu);
+    return kvq_session_gpu_bytes(s) - (shared ? s->gpu_bytes.weights : 0);
 }
 
 kvq_cuda_options kvq_session_cuda_options(const kvq_session *s) {
@@ -101,14 +110,14 @@ static kvq_status place_what_fits(kvq_session *s, int gpu, uint64_t memory, int 
         const int n = fits + (too_many - fits) / 2;
         const kvq_status status = place(s, gpu, n);
         if (status != KVQ_OK) return status;
-        *(kvq_session_gpu_bytes(s) <= memory ? &fits : &too_many) = n;
+        *(more_gpu_bytes(s) <= memory ? &fits : &too_many) = n;
     }
     return place(s, gpu, fits);
 }
 
 static kvq_status check_gpu_memory(kvq_session *s, const kvq_device_info *gpu) {
     const kvq_cuda_bytes b = s->gpu_bytes;
-    const uint64_t needed = kvq_session_gpu_bytes(s);
+    const uint64_t needed = more_gpu_bytes(s);
     const int asked = s->placement.n_layers_gpu + s->placement.head_on_gpu;
     char advice[160] = "no smaller number of layers would fit";
     if (needed <= gpu->bytes_free) return KVQ_OK;

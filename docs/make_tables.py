@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cuda_tables
 import speed_tables
 from markup import link_to, table
 
@@ -26,6 +27,7 @@ from pykvq.eval.simulations import SIMULATIONS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
+    "docs/cuda.md",
     "docs/kv-schemes.md",
     "docs/schemes/auto.md",
     "docs/schemes/rivals.md",
@@ -421,6 +423,7 @@ def fill(text: str, page: Path) -> str:
             SHORT, lambda name: name in CHOSEN or name.partition(":")[0] == "auto", page
         ),
         **{name: functools.partial(make, page) for name, make in speed_tables.MAKERS.items()},
+        **{name: functools.partial(make, page) for name, make in cuda_tables.MAKERS.items()},
     }
     for name, make in makers.items():
         if _between(name).search(text):

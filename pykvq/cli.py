@@ -142,7 +142,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
     options.add_model(parser)
     options.add_session(parser, "as it was trained", many=True, kv=None)
-    cli_plan.add_memory(parser)
+    cli_plan.add_place(parser)
     options.add_json(parser)
 
 
@@ -172,6 +172,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     options.add_session(
         parser, f"{options.PERPLEXITY_CONTEXT}, at most as it was trained", many=True
     )
+    options.add_device(parser)
     options.add_json(parser)
 
 

@@ -68,6 +68,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     options.add_profile(group)
     options.add_threads(group)
+    options.add_device(group)
 
     group = parser.add_argument_group("beside another runtime")
     group.add_argument(
@@ -127,6 +128,7 @@ def _options(args: argparse.Namespace) -> Options:
         "repetitions": args.repetitions,
         "n_threads": args.threads,
         "n_batch": args.batch_size,
+        **options.device_options(args),
         "fill_from": fill_from if args.fill else None,
         "peer": args.peer,
         "peer_kv": None if args.peer_kv is None else options.comma_separated(args.peer_kv),

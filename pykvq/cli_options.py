@@ -341,15 +341,18 @@ def add_session(
     add_profile(group)
 
 
-def add_device(parser: argparse._ActionsContainer) -> None:
+#: What --device says of its values, where sessions are opened.
+_DEVICES = (
+    "cpu, cuda or cuda:N; `pykvq info --devices` lists them (default: auto, the first GPU that can"
+    " be used, with as many layers as fit, else the CPU)"
+)
+
+
+def add_device(
+    parser: argparse._ActionsContainer, default: str = "auto", what: str = _DEVICES
+) -> None:
     """Where layers run."""
-    parser.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="cpu, cuda or cuda:N; `pykvq info --devices` lists them (default: auto, the first GPU"
-        " that can be used, with as many layers as fit, else the CPU)",
-    )
+    parser.add_argument("--device", default=default, metavar="DEVICE", help=what)
     parser.add_argument(
         "-ngl",
         "--n-gpu-layers",
@@ -359,6 +362,11 @@ def add_device(parser: argparse._ActionsContainer) -> None:
         help="layers on the GPU, counted from the last, the output matrix after all of them"
         " (default: all)",
     )
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_device` as arguments for `Model` and `Model.session`."""
+    return {"device": args.device, "n_gpu_layers": args.n_gpu_layers}
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
@@ -384,8 +392,7 @@ def open_session(args: argparse.Namespace, model: Model, n_ctx: int) -> Session:
                 n_ctx=n_ctx,
                 memory_check=not args.no_memory_check,
                 pin_threads=args.pin_threads,
-                device=args.device,
-                n_gpu_layers=args.n_gpu_layers,
+                **device_options(args),
             )
     except MemoryLimitError as error:
         if args.no_memory_check:
@@ -398,11 +405,15 @@ def device_note(model: Model, s: SessionStats) -> str:
     threads = f"{s.isa}, {s.n_threads} thread{'s' if s.n_threads > 1 else ''}"
     if s.gpu is None:
         return threads
+    rest = "" if s.gpu_head else f", the rest on the CPU ({threads})"
+    return f"{gpu_note(model, s)}{rest}"
+
+
+def gpu_note(model: Model, s: SessionStats) -> str:
+    """What a GPU has, in words."""
     n = model.info.n_layers
     layers = f"all {n} layers" if s.n_gpu_layers == n else f"{s.n_gpu_layers} of {n} layers"
-    head = " and the output" if s.gpu_head else ""
-    rest = "" if s.gpu_head else f", the rest on the CPU ({threads})"
-    return f"{layers}{head} on CUDA device {s.gpu}{rest}"
+    return f"{layers}{' and the output' if s.gpu_head else ''} on CUDA device {s.gpu}"
 
 
 def kv_options(args: argparse.Namespace) -> dict[str, Any]:

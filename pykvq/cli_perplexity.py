@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what KV schemes cost on a text."""
-    from pykvq import native
     from pykvq.kv_names import parse_kv
     from pykvq.perplexity import perplexity
 
@@ -30,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
         with options.checked():
             schemes.append(parse_kv(name)[0])
     text = options.read_prompt(args)
-    with options.open_model(args) as model, long_progress() as progress:
+    with (
+        options.open_model(args, **options.device_options(args)) as model,
+        long_progress() as progress,
+    ):
         options.warn_of_key_bias(model, [scheme.name for scheme in schemes])
         n_ctx = options.context_size(args, model, options.PERPLEXITY_CONTEXT)
         start = time.perf_counter()
@@ -48,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
             )
         seconds = time.perf_counter() - start
         profiled = any(scheme.profile != "none" for scheme in schemes)
+        placed = model.plan(kv=schemes[0].name, n_ctx=n_ctx, n_threads=args.threads, memory=1)
         notice(
-            f"{model.info.name}{options.profile_note(model, profiled)}; {native.isa_selected()};"
+            f"{model.info.name}{options.profile_note(model, profiled)};"
+            f" {options.device_note(model, placed.stats)};"
             f" chunks of {n_ctx} tokens, {'token by token' if args.stream else 'read as prompts'};"
             " scored is the second half."
         )

@@ -39,14 +39,19 @@ def memory_size(text: str) -> int:
     return int(n_bytes)
 
 
-def add_memory(parser: argparse.ArgumentParser) -> None:
-    """How much memory there is."""
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Where layers would run, and how much memory there is."""
+    options.add_device(
+        parser,
+        default="cpu",
+        what="cpu, cuda or cuda:N, which need not be here; auto: as for run (default: cpu)",
+    )
     parser.add_argument(
         "--memory",
         type=memory_size,
         metavar="SIZE",
-        help="what weights and cache may take, as 24G or 24GiB (default: what this machine has"
-        " available)",
+        help="what weights and cache may take, with --device cuda of the GPU's memory, as 24G or"
+        " 24GiB (default: what is available here)",
     )
 
 
@@ -71,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
             named[name] = parse_kv(name)
     if args.kv is not None and not named:
         raise UsageError("--kv names no scheme, expected at least one.")
+    if args.n_gpu_layers is not None and args.device == "cpu":
+        raise UsageError("-ngl is of use only with --device cuda.")
     model_name = options.model_name(args)
     assert model_name is not None  # the command has a default
     profile: str | Literal[False] | None = False if args.profile == "none" else args.profile
@@ -84,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(_as_json(model_name, model, n_ctx, rows)))
         else:
-            _show(model_name, model, n_ctx, rows, args.memory is None)
+            _show(model_name, model, n_ctx, rows, args)
     return 0
 
 
@@ -105,7 +112,10 @@ def _plan(
             f"--kv-bits is {kv_bits:g}, but the bits of {', '.join(chosen)} are fixed; choose auto"
             " for a budget."
         )
-    memory = args.memory or native.memory_available()
+    given.update(options.device_options(args))
+    memory = args.memory
+    if memory is None and args.device == "cpu":
+        memory = native.memory_available()  # once, so that all have the same
     rows = []
     refused: list[Exception] = []
     for name, (scheme, own_bits) in chosen.items():
@@ -142,6 +152,7 @@ def _as_json(name: str, model: Model, n_ctx: int, rows: list[_Row]) -> dict[str,
             stats = asdict(row.plan.stats)
             entry.update(fits=row.plan.fits, longest_n_ctx=row.plan.longest)
             entry.update((key, stats[key]) for key in _STATS)
+            entry["bytes_host"] = row.plan.stats.bytes_host
         plans.append(entry)
     return {
         "model": name,
@@ -159,26 +170,45 @@ _STATS = (
     *("n_batch", "n_threads", "sinks", "window"),
     *("bytes_weights", "bytes_kv", "bytes_sinks", "bytes_sealed", "bytes_sealed_k"),
     *("bytes_sealed_v", "bytes_recent", "bytes_tables", "bytes_scratch", "bytes_total"),
+    *("gpu", "n_gpu_layers", "gpu_head", "bytes_gpu", "bytes_gpu_weights", "bytes_gpu_rows"),
+    *("bytes_gpu_sealed", "bytes_gpu_tables", "bytes_gpu_scratch", "bytes_gpu_chunk"),
+    *("bytes_host_weights",),
     *("bits_sealed_k", "bits_sealed_v", "bits_full"),
 )
 
 
-def _show(name: str, model: Model, n_ctx: int, rows: list[_Row], available: bool) -> None:
+_HEADS = ("keys", "values", "f16 rows", "tables", "scratch", "total", "bits", "fits", "longest")
+_GPU_HEADS = (
+    *("weights", "f16 rows", "sealed", "tables", "scratch", "GPU", "host", "-ngl"),
+    *("fits", "longest"),
+)
+
+
+def _show(name: str, model: Model, n_ctx: int, rows: list[_Row], args: argparse.Namespace) -> None:
     about = model.info
     plans = [row.plan for row in rows if row.plan is not None]
-    here = " available here" if available else ""
+    on_gpu = next((plan for plan in plans if plan.stats.gpu is not None), None)
+    shown = on_gpu or plans[0]
+    here = " available here" if args.memory is None else ""
     print(
         f"{about.name} ({name}): {about.n_layers} layers, {about.n_kv_heads} KV heads of width"
         f" {about.d_head}, trained on {about.n_ctx_train} tokens\n"
         f"weights {size(about.bytes_weights)}{'' if model.has_weights else ' (not in this file)'};"
-        f" memory {size(plans[0].memory)}{here}; passes of {plans[0].stats.n_batch} tokens\n"
+        f" memory {size(shown.memory)}{here}; passes of {shown.stats.n_batch} tokens"
     )
+    if on_gpu is not None:
+        chunk = size(max(plan.stats.bytes_gpu_chunk for plan in plans))
+        print(
+            f"{options.gpu_note(model, on_gpu.stats)}, whose memory it is; sealed blocks come"
+            f" in chunks of at most {chunk}"
+        )
+    print()
     most = max(plan.stats.bytes_total for plan in plans)
     unit, divisor = ("GB", 1e9) if most >= 1e10 else ("MB", 1e6)
     marked = {row.kv for row in rows if model.has_key_bias and row.scheme.key_bias_sensitive}
     labels = [f"{row.kv}{' *' if row.kv in marked else ''}" for row in rows]
-    heads = ("keys", "values", "f16 rows", "tables", "scratch", "total", "bits", "fits", "longest")
-    cells = [() if row.plan is None else _cells(row.plan, divisor) for row in rows]
+    heads, cells_of = (_HEADS, _cells) if on_gpu is None else (_GPU_HEADS, _gpu_cells)
+    cells = [() if row.plan is None else cells_of(row.plan, divisor) for row in rows]
     title = f"{n_ctx} tokens, {unit}"
     first = max(map(len, [title, *labels]))
     widths = [max(map(len, column)) for column in zip(heads, *filter(None, cells), strict=True)]
@@ -203,3 +233,15 @@ def _cells(plan: Plan, divisor: float) -> tuple[str, ...]:
     )
     sizes = (f"{n / divisor:.2f}" for n in n_bytes)
     return (*sizes, f"{s.bits_full:.2f}", "yes" if plan.fits else "no", str(plan.longest))
+
+
+def _gpu_cells(plan: Plan, divisor: float) -> tuple[str, ...]:
+    """The same where a GPU has layers: what it takes there, by kind, and on the host."""
+    s = plan.stats
+    n_bytes = (
+        *(s.bytes_gpu_weights, s.bytes_gpu_rows, s.bytes_gpu_sealed, s.bytes_gpu_tables),
+        *(s.bytes_gpu_scratch, s.bytes_gpu, s.bytes_host),
+    )
+    sizes = (f"{n / divisor:.2f}" for n in n_bytes)
+    layers = str(s.n_gpu_layers + s.gpu_head)
+    return (*sizes, layers, "yes" if plan.fits else "no", str(plan.longest))

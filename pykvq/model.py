@@ -404,24 +404,27 @@ class Model(Closing):
         """What a session would take, and the longest one that fits, without opening any.
 
         Args:
-            memory: Bytes that weights and session may take; by default what is available here.
-            **options: Those of `session`.
+            memory: Bytes that weights and session may take: of the GPU's memory, if it has any
+                layers, else of the host's. By default what is available of it here.
+            **options: Those of `session`. A device that is named ("cuda") need not be here.
 
         Raises:
             SchemeError: The KV scheme is not known.
             UnsupportedError: The scheme has no form for this model.
             ValueError: As for `session`.
+            DeviceError: Memory is not given, and the device whose memory counts is not here.
         """
-        from pykvq.plan import Plan
+        from pykvq.plan import Plan, memory_of
 
         merged = self._session_options(options)
         del merged["progress"]
         numbers = core_options(self, **merged)
+        stats = plan_session(self._handle, **numbers)
         if memory is None:
-            memory = native.memory_available()
+            memory = memory_of(stats.gpu)
         whole_number("memory", memory, 1, MEMORY_MOST)
         return Plan(
-            stats=plan_session(self._handle, **numbers),
+            stats=stats,
             memory=memory,
             longest=longest_context(self._handle, memory, **numbers),
         )

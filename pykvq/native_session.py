@@ -63,6 +63,13 @@ class SessionStats:
         gpu_head: Whether the output matrix is there too.
         bytes_gpu: The GPU's part of the bytes above, once the context is full, alignment included.
         bytes_gpu_now: What is allocated there now; 0 for a plan.
+        bytes_gpu_weights: The weights' part of bytes_gpu.
+        bytes_gpu_rows: The part of the tokens that stay in f16.
+        bytes_gpu_sealed: The sealed blocks' part.
+        bytes_gpu_tables: The profile's part, with the places of all blocks.
+        bytes_gpu_scratch: What a pass works in there.
+        bytes_gpu_chunk: Sealed blocks are allocated in pieces of this size as the context grows.
+        bytes_host_weights: Weights that the CPU reads: all, where nothing is on a GPU.
         bits_sealed_k: Bits per element of a sealed block of keys, all its metadata included.
         bits_sealed_v: The same for values.
         bits_full: Bits per element of a full context, everything included.
@@ -101,6 +108,13 @@ class SessionStats:
     gpu_head: bool
     bytes_gpu: int
     bytes_gpu_now: int
+    bytes_gpu_weights: int
+    bytes_gpu_rows: int
+    bytes_gpu_sealed: int
+    bytes_gpu_tables: int
+    bytes_gpu_scratch: int
+    bytes_gpu_chunk: int
+    bytes_host_weights: int
     bits_sealed_k: float
     bits_sealed_v: float
     bits_full: float
@@ -112,6 +126,11 @@ class SessionStats:
     n_evaluated: int
     seconds_evaluated: float
     stage_ns: Mapping[str, int]
+
+    @property
+    def bytes_host(self) -> int:
+        """What the memory of the host has of weights and session; all, where no GPU has any."""
+        return self.bytes_total - self.bytes_gpu
 
     @property
     def bits_sealed(self) -> float:
@@ -140,11 +159,18 @@ def _stats(raw: CData) -> SessionStats:
         bytes_scratch=int(raw.bytes_scratch),
         bytes_weights=int(raw.bytes_weights),
         bytes_total=int(raw.bytes_total),
-        gpu=int(raw.gpu) if raw.gpu >= 0 else None,
+        gpu=int(raw.gpu) if int(raw.gpu) >= 0 else None,
         n_gpu_layers=int(raw.n_gpu_layers),
         gpu_head=bool(raw.gpu_head),
         bytes_gpu=int(raw.bytes_gpu),
         bytes_gpu_now=int(raw.bytes_gpu_now),
+        bytes_gpu_weights=int(raw.bytes_gpu_weights),
+        bytes_gpu_rows=int(raw.bytes_gpu_rows),
+        bytes_gpu_sealed=int(raw.bytes_gpu_sealed),
+        bytes_gpu_tables=int(raw.bytes_gpu_tables),
+        bytes_gpu_scratch=int(raw.bytes_gpu_scratch),
+        bytes_gpu_chunk=int(raw.bytes_gpu_chunk),
+        bytes_host_weights=int(raw.bytes_host_weights),
         bits_sealed_k=float(raw.bits_sealed_k),
         bits_sealed_v=float(raw.bits_sealed_v),
         bits_full=float(raw.bits_full),
@@ -216,7 +242,6 @@ class _Options:
                 "upload": self._upload,
             },
         )
-
 
     def _keep_error(self, kind: type, error: BaseException, trace: object) -> None:
         """An exception of a callback cannot pass through C."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pykvq import catalogue, native
-from pykvq.errors import DownloadError, ModelError
+from pykvq.errors import DeviceError, DownloadError, ModelError
 from pykvq.model import Model, Progress
 from pykvq.native_session import SessionStats
 
@@ -35,7 +35,8 @@ class Plan:
 
     Attributes:
         stats: What the session would say of itself when it is opened.
-        memory: Bytes that weights and session may take.
+        memory: Bytes that weights and session may take: of a GPU's memory what they have there, if
+            it has any layers, else of the host's.
         longest: The largest `n_ctx` with which they do; 0 if none is small enough.
     """
 
@@ -46,12 +47,36 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether weights and session take no more than the memory."""
-        return self.stats.bytes_total <= self.memory
+        s = self.stats
+        return (s.bytes_total if s.gpu is None else s.bytes_gpu) <= self.memory
 
     @property
     def bytes_f16_rows(self) -> int:
         """Bytes of the first and last tokens, which are kept in f16."""
         return self.stats.bytes_sinks + self.stats.bytes_recent
+
+
+def memory_of(gpu: int | None) -> int:
+    """Bytes that are available of a memory.
+
+    Args:
+        gpu: The index of the CUDA device whose it is; None for the host.
+
+    Raises:
+        DeviceError: The device is not here.
+    """
+    if gpu is None:
+        return native.memory_available()
+    from pykvq.native_device import devices
+
+    here = devices()
+    for device in here.found:
+        if device.name == f"cuda:{gpu}":
+            return device.bytes_free
+    raise DeviceError(
+        f"CUDA device {gpu} is not here to say how much memory it has; a plan for it needs memory"
+        f" (--memory). {here.why_none or f'Devices here: {len(here.found)}.'}"
+    )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
+from stand_in import StandIn, open_stand_in
 
 from pykvq import DownloadError, Model
 from pykvq.calibrate import calibrate
@@ -209,3 +210,17 @@ def random_tokens(tiny: Model) -> list[int]:
     """1000 ids of the tiny models, none of which ends a text."""
     rng = np.random.default_rng(3)
     return [int(i) for i in rng.integers(0, 266, 1000)]
+
+
+@pytest.fixture
+def gpu() -> Iterator[StandIn]:
+    """The stand-in that KVQ_LIBCUDA names; nothing may be left on it, nor be done to it wrongly.
+
+    Sessions that fixtures of a wider scope hold open are no leaks of the test.
+    """
+    stand_in = open_stand_in()
+    leaks, violations = stand_in.leaks, stand_in.violations
+    yield stand_in
+    stand_in.set()
+    assert stand_in.leaks == leaks
+    assert stand_in.violations == violations

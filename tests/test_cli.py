@@ -611,7 +611,7 @@ ERRORS = {
         ["run", "{tiny}", "--mirostat", "2"],
         r"flag --mirostat is unknown; see `pykvq run --help`",
     ),
-    "flag of llama.cpp": (["run", "{tiny}", "-p", "a", "-ngl", "9"], r"flag -ngl is unknown"),
+    "flag of llama.cpp": (["run", "{tiny}", "-p", "a", "-nkvo", "9"], r"flag -nkvo is unknown"),
     "attached value": (["run", "{tiny}", "-p", "a", "-n20"], r"flag -n20 is unknown"),
     "cache type of llama.cpp": (
         ["run", "{tiny}", "-p", "a", "-ctk", "q8_0"],

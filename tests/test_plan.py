@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -21,12 +22,12 @@ from conftest import write_tiny
 from gguf import GGMLQuantizationType, GGUFWriter
 
 import pykvq
-from pykvq import MemoryLimitError, Model, ModelError, native, plan
+from pykvq import DeviceError, MemoryLimitError, Model, ModelError, native, plan
 from pykvq.checks import SESSION_RANGES
 from pykvq.cli_plan import memory_size
 from pykvq.fetch import Url
 from pykvq.native_session import SessionStats
-from pykvq.plan import open_header, read_header
+from pykvq.plan import Plan, open_header, read_header
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMES = [scheme.name for scheme in native.schemes()]
@@ -87,7 +88,8 @@ def test_the_total_is_the_sum_of_its_parts(tiny: Model) -> None:
     assert s.bytes_kv == s.bytes_sinks + s.bytes_sealed + s.bytes_recent
     assert s.bytes_weights == tiny.info.bytes_weights == sum(t.n_bytes for t in tiny.tensors)
     assert s.bytes_total == s.bytes_weights + s.bytes_kv + s.bytes_tables + s.bytes_scratch
-    assert min(getattr(s, name) for name in BYTES if "step" not in name) > 0
+    always = [name for name in BYTES if "step" not in name and "gpu" not in name]
+    assert min(getattr(s, name) for name in always) > 0
 
 
 def test_f16_takes_two_bytes_per_element(tiny: Model) -> None:
@@ -103,6 +105,61 @@ def test_a_plan_takes_no_memory_for_the_cache(tiny: Model) -> None:
     planned = tiny.plan(kv="f16", n_ctx=2**28, memory=10**9)  # 275 GB
     assert planned.stats.bytes_kv > 2 * 10**11
     assert not planned.fits
+
+
+# ---- GPUs, which need not be here -----------------------------------------------------------
+
+GPU_PARTS = ("weights", "rows", "sealed", "tables", "scratch")
+
+
+def plan_on_gpu(model: Model, **options: Any) -> Plan:
+    """A plan for a device that is not here."""
+    return model.plan(device="cuda", **{"n_ctx": 3000, "memory": 10**8, **options})
+
+
+@pytest.mark.parametrize("kv", ["f16", "skvq", "auto"])
+def test_what_a_gpu_takes_is_the_sum_of_its_parts(tiny: Model, kv: str) -> None:
+    s = plan_on_gpu(tiny, kv=kv).stats
+    parts = [getattr(s, f"bytes_gpu_{part}") for part in GPU_PARTS]
+    assert (s.gpu, s.n_gpu_layers, s.gpu_head) == (0, tiny.info.n_layers, True)
+    assert s.bytes_gpu == sum(parts) and min(parts) > 0
+    assert s.bytes_gpu_sealed >= s.bytes_sealed > 0
+    assert s.bytes_gpu_sealed % s.bytes_gpu_chunk == 0
+    assert s.bytes_gpu_now == 0
+    assert s.bytes_total == s.bytes_gpu + s.bytes_host
+
+
+def test_layers_that_are_not_on_the_gpu_are_on_the_host(tiny: Model) -> None:
+    n_layers, whole = tiny.info.n_layers, tiny.info.bytes_weights
+    plans = [plan_on_gpu(tiny, n_gpu_layers=n).stats for n in range(n_layers + 2)]
+    assert [(s.gpu, s.n_gpu_layers, s.gpu_head) for s in plans] == [
+        (None, 0, False),
+        *((0, n, False) for n in range(1, n_layers + 1)),
+        (0, n_layers, True),
+    ]
+    assert (plans[0].bytes_gpu, plans[0].bytes_host_weights) == (0, whole)
+    for name in ("bytes_gpu_weights", "bytes_gpu_sealed", "bytes_gpu_rows"):
+        grows = [getattr(s, name) for s in plans]
+        assert grows == sorted(grows), name
+    for before, after in itertools.pairwise(plans):
+        assert after.bytes_host_weights < before.bytes_host_weights
+    embedding = next(t for t in tiny.tensors if t.name == "token_embd.weight")
+    assert plans[-1].bytes_host_weights == embedding.n_bytes  # rows are looked up there
+    assert plans[-1].bytes_kv == plans[0].bytes_kv
+
+
+@pytest.mark.parametrize("kv", ["f16", "skvq", "auto"])
+def test_the_longest_context_is_what_fits_into_the_gpu(tiny: Model, kv: str) -> None:
+    found = plan_on_gpu(tiny, kv=kv)
+    longest = plan_on_gpu(tiny, kv=kv, n_ctx=found.longest)
+    assert longest.fits and longest.stats.bytes_gpu <= longest.memory
+    assert not plan_on_gpu(tiny, kv=kv, n_ctx=found.longest + 1).fits
+    assert plan_on_gpu(tiny, kv=kv, n_gpu_layers=1).longest > found.longest
+
+
+def test_memory_must_be_said_of_a_gpu_that_is_not_here(tiny: Model) -> None:
+    with pytest.raises(DeviceError, match=r"CUDA device 63 is not here to say .*needs memory"):
+        tiny.plan(device="cuda:63")
 
 
 # ---- what fits ------------------------------------------------------------------------------
@@ -587,6 +644,31 @@ def test_the_command_gives_json(tiny_path: Path) -> None:
             assert entry["bytes_total"] == planned.stats.bytes_total
 
 
+def test_the_command_shows_what_goes_to_a_gpu(tiny_path: Path) -> None:
+    options = ("-c", "2000", "--device", "cuda:1", "-ngl", "1", "--memory", "50M", "--kv", "skvq")
+    status, shown, said = run("plan", str(tiny_path), *options)
+    assert (status, said) == (0, "")
+    assert "\n1 of 2 layers on CUDA device 1, whose memory it is; sealed blocks come in" in shown
+    with Model(tiny_path) as model:
+        planned = model.plan(
+            kv="skvq", n_ctx=2000, device="cuda:1", n_gpu_layers=1, memory=5 * 10**7
+        )
+    head, row = shown.splitlines()[4:]
+    cells = row.split()
+    s = planned.stats
+    wanted = "2000 tokens, MB weights f16 rows sealed tables scratch GPU host -ngl fits longest"
+    assert " ".join(head.split()) == wanted
+    sizes = [getattr(s, f"bytes_gpu_{part}") for part in GPU_PARTS] + [s.bytes_gpu, s.bytes_host]
+    texts = [f"{n / 1e6:.2f}" for n in sizes]
+    assert cells == ["skvq", *texts, "1", "yes", str(planned.longest)]
+    facts = json.loads(run("plan", str(tiny_path), *options, "--json")[1])["plans"][0]
+    assert facts["longest_n_ctx"] == planned.longest
+    assert (facts["gpu"], facts["n_gpu_layers"], facts["gpu_head"]) == (1, 1, False)
+    for part in ("", *(f"_{part}" for part in (*GPU_PARTS, "chunk"))):
+        assert facts[f"bytes_gpu{part}"] == getattr(s, f"bytes_gpu{part}")
+    assert facts["bytes_host"] == s.bytes_host
+
+
 def test_what_has_no_weights_says_so_and_leaves_out_what_needs_a_profile(cut_path: Path) -> None:
     status, shown, said = run("plan", str(cut_path), "-c", "2000", "--memory", "1G")
     assert (status, said) == (0, "")
@@ -621,6 +703,9 @@ def test_sizes_are_read_in_the_units_that_they_name(text: str, n_bytes: int) -> 
         (["{tiny}", "--memory", "99999999T"], r"is 1e\+20 bytes, expected 1 to"),
         (["{tiny}", "--kv", "q3"], r"KV scheme 'q3' is unknown"),
         (["{tiny}", "--kv", ","], r"--kv names no scheme"),
+        (["{tiny}", "-ngl", "4"], r"-ngl is of use only with --device cuda"),
+        (["{tiny}", "--device", "gpu"], r'device is "gpu", expected auto, cpu, cuda or cuda:N'),
+        (["{tiny}", "--device", "cuda:63"], r"CUDA device 63 is not here .* \(--memory\)"),
         (["{tiny}", "--kv", "auto:few"], r"'auto:few' gives 'few' to the KV scheme auto, expected"),
         (["{tiny}", "--kv", "skvq:2"], r"'skvq:2' gives bits to the KV scheme skvq"),
         (["{tiny}", "--kv", "auto:0"], r"kv_bits is 0"),

@@ -22,9 +22,10 @@ CORE = Path(__file__).resolve().parent.parent
 CUBINS = ("75", "80", "86", "87", "89", "90", "100", "120")
 PTX = ("75", "80")
 
-#: NVRTC has no headers of the host, and these are all that kernels may include of them.
+#: NVRTC has no headers of the host, and these are all that kernels may include of them. It knows
+#: size_t and memcpy by itself.
 HEADERS = {
-    "stddef.h": "typedef __SIZE_TYPE__ size_t;\n#define NULL 0\n",
+    "stddef.h": "#define NULL 0\n",
     "stdint.h": """
         typedef signed char int8_t;
         typedef short int16_t;
@@ -40,13 +41,16 @@ HEADERS = {
     "stdbool.h": "",
     "math.h": "#define INFINITY __int_as_float(0x7f800000)\n",
 }
+#: C++17 has the hexadecimal floats that other compilers allow in C++14, too.
 OPTIONS = (
-    "-std=c++14",
+    "-std=c++17",
     f"-I{CORE}",
     "--ptxas-options=-warn-spills",
     "--ptxas-options=-warn-lmem-usage",
     "--ptxas-options=-Werror",
 )
+#: Drivers from 525 on read this compression; those of CUDA 12 before 550 no denser one.
+FATBIN = ("-64", "-compress-all")
 
 
 class Library:
@@ -134,7 +138,7 @@ def fat_binary(source: Path, more: Sequence[str]) -> bytes:
     nvrtc = Library("cuda_nvrtc", "libnvrtc.so.12")
     fatbin = Library("nvfatbin", "libnvfatbin.so.12")
     handle = ctypes.c_void_p()
-    fatbin.require("nvFatbinCreate", ctypes.byref(handle), strings(["-64"]), 1)
+    fatbin.require("nvFatbinCreate", ctypes.byref(handle), strings(FATBIN), len(FATBIN))
     name = source.stem.encode()
     for architecture in CUBINS:
         code = compile_module(nvrtc, source, architecture, more, binary=True)

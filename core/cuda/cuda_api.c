@@ -160,3 +160,9 @@ kvq_status kvq_cuda_device(CUdevice *out, const kvq_cuda_api *api, int index) {
     return kvq_cuda_check(api, api->cuDeviceGet(out, index), "cuDeviceGet of CUDA device %d",
                           index);
 }
+
+CUresult kvq_cuda_copy_up(const kvq_cuda_api *api, CUdeviceptr to, const void *from, size_t bytes,
+                          CUstream stream) {
+    const CUresult result = api->cuMemcpyHtoDAsync(to, from, bytes, stream);
+    return result == CUDA_SUCCESS ? api->cuStreamSynchronize(stream) : result;
+}

@@ -33,6 +33,11 @@ __attribute__((format(printf, 3, 4)))
 #endif
 kvq_status kvq_cuda_check(const kvq_cuda_api *api, CUresult result, const char *what, ...);
 
+/* Copies to the device and waits until it is there. cuMemcpyHtoD would not do: it can return while
+ * what it has read is still on its way, and streams that do not block do not wait for it. */
+CUresult kvq_cuda_copy_up(const kvq_cuda_api *api, CUdeviceptr to, const void *from, size_t bytes,
+                          CUstream stream);
+
 /* The device of an index; KVQ_ERR_ARGUMENT if there is none. */
 kvq_status kvq_cuda_device(CUdevice *out, const kvq_cuda_api *api, int index);
 

@@ -22,6 +22,7 @@ static CUdeviceptr block_at(const kvq_cuda *cuda, int layer, int head, int side,
 }
 
 static void wait(kvq_cuda *cuda) {
+    if (cuda->status != KVQ_OK) return;
     kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
 }
 
@@ -32,28 +33,24 @@ kvq_status kvq_cuda_cache_reserve(kvq_device *device, int n_blocks) {
     if (cuda->status != KVQ_OK) return kvq_fail(cuda->status, "%s", cuda->error);
     if (wanted <= cuda->n_chunks) return KVQ_OK;
     kvq_cuda_enter(cuda);
-    while (cuda->n_chunks < wanted && status == KVQ_OK) {
+    while (cuda->n_chunks < wanted && cuda->status == KVQ_OK && status == KVQ_OK) {
         CUdeviceptr *const chunk = &cuda->chunk_list[cuda->n_chunks];
-        const int tokens = cuda->n_chunks * cuda->chunk_blocks * KVQ_BLOCK;
-        /* A failure leaves all as it is: the session goes on with the context that it has. */
-        status = kvq_cuda_check(cuda->api, cuda->api->cuMemAlloc(chunk, cuda->chunk_bytes),
-                                "The context cannot grow beyond about %d tokens: cuMemAlloc of "
-                                "%.2f GB for sealed blocks",
-                                tokens, (double)cuda->chunk_bytes / 1e9);
-        if (status != KVQ_OK) break;
-        status =
-            kvq_cuda_check(cuda->api,
-                           cuda->api->cuMemcpyHtoD(kvq_cuda_address(cuda->chunks + cuda->n_chunks),
-                                                   chunk, sizeof *chunk),
-                           "cuMemcpyHtoD of an address");
-        if (status != KVQ_OK) {
-            cuda->api->cuMemFree(*chunk);
-            break;
+        const double gigabytes = (double)cuda->chunk_bytes / 1e9;
+        const CUresult result = cuda->api->cuMemAlloc(chunk, cuda->chunk_bytes);
+        if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+            /* This leaves all as it is: the session goes on with the context that it has. */
+            status = kvq_cuda_check(cuda->api, result,
+                                    "The context cannot grow beyond about %d tokens: cuMemAlloc of "
+                                    "%.2f GB for sealed blocks",
+                                    cuda->n_chunks * cuda->chunk_blocks * KVQ_BLOCK, gigabytes);
+        } else if (kvq_cuda_did(cuda, result, "cuMemAlloc of %.2f GB for sealed blocks",
+                                gigabytes)) {
+            CUdeviceptr *const to = (CUdeviceptr *)(void *)(cuda->chunks + cuda->n_chunks++);
+            kvq_cuda_put(cuda, kvq_cuda_address(to), chunk, sizeof *chunk, "an address");
         }
-        cuda->n_chunks++;
     }
     kvq_cuda_leave(cuda);
-    return status;
+    return cuda->status == KVQ_OK ? status : kvq_fail(cuda->status, "%s", cuda->error);
 }
 
 /* Rows of a block that is cut return to f16 as the codes give them back. */
@@ -73,11 +70,8 @@ static void unseal(kvq_cuda *cuda, int layer, int block) {
                          "cuMemcpyDtoH of a sealed block");
             if (cuda->status != KVQ_OK) return;
             kvq_ring_decode(ring, head, side, block, cuda->lent_room, rows);
-            kvq_cuda_did(cuda,
-                         cuda->api->cuMemcpyHtoD(
-                             kvq_cuda_address(cache->recent[side] + slot * (size_t)ring->d), rows,
-                             KVQ_BLOCK * row_bytes),
-                         "cuMemcpyHtoD of rows");
+            kvq_cuda_put(cuda, kvq_cuda_address(cache->recent[side] + slot * (size_t)ring->d), rows,
+                         KVQ_BLOCK * row_bytes, "rows");
         }
     }
 }
@@ -86,10 +80,10 @@ void kvq_cuda_cache_truncate(kvq_device *device, int layer, int n) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
     kvq_ring *const ring = &device->rings[layer];
     if (n >= ring->n) return;
-    kvq_cuda_enter(cuda);
+    const bool well = kvq_cuda_enter(cuda);
     const int rows = n > ring->sinks ? n - ring->sinks : 0, whole = rows / KVQ_BLOCK;
     if (whole < ring->n_sealed) {
-        if (rows % KVQ_BLOCK) unseal(cuda, layer, whole);
+        if (well && rows % KVQ_BLOCK) unseal(cuda, layer, whole);
         ring->n_sealed = whole;
     }
     ring->n = n;
@@ -105,9 +99,7 @@ void kvq_cuda_cache_seal(kvq_device *device, int layer, int n_sealed) {
     if (step.seals <= 0) return;
     args.cache.step = cuda->seal_step;
     kvq_cuda_enter(cuda);
-    kvq_cuda_did(cuda,
-                 cuda->api->cuMemcpyHtoD(kvq_cuda_address(cuda->seal_step), &step, sizeof step),
-                 "cuMemcpyHtoD of %zu bytes", sizeof step);
+    kvq_cuda_put(cuda, kvq_cuda_address(cuda->seal_step), &step, sizeof step, "a step");
     kvq_cuda_launch(cuda, KVQ_KERNEL_seal, (unsigned)(2 * ring->n_heads), (unsigned)step.seals, 1,
                     KVQ_CUDA_CACHE_THREADS, kvq_cuda_seal_shared(ring->d), &args);
     wait(cuda);
@@ -121,21 +113,19 @@ static void move_recent(kvq_cuda *cuda, uint16_t *rows, const kvq_ring *ring, in
     const size_t slots = (size_t)ring->recent_rows / KVQ_BLOCK, bytes = slots * block;
     const size_t moved = (size_t)n % slots * block;
     const CUdeviceptr at = kvq_cuda_address(rows);
-    if (!moved) return;
+    if (!moved || cuda->status != KVQ_OK) return;
     kvq_cuda_did(cuda, cuda->api->cuMemcpyDtoH(cuda->staging, at, bytes), "cuMemcpyDtoH of rows");
     if (cuda->status != KVQ_OK) return;
-    kvq_cuda_did(cuda, cuda->api->cuMemcpyHtoD(at + moved, cuda->staging, bytes - moved),
-                 "cuMemcpyHtoD of rows");
-    kvq_cuda_did(cuda, cuda->api->cuMemcpyHtoD(at, cuda->staging + bytes - moved, moved),
-                 "cuMemcpyHtoD of rows");
+    kvq_cuda_put(cuda, at + moved, cuda->staging, bytes - moved, "rows");
+    kvq_cuda_put(cuda, at, cuda->staging + bytes - moved, moved, "rows");
 }
 
 void kvq_cuda_cache_repeat(kvq_device *device, int layer, int n) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
     kvq_ring *const ring = &device->rings[layer];
     const kvq_cuda_cache *const cache = cache_of(cuda, layer);
-    kvq_cuda_enter(cuda);
-    for (int head = 0; head < ring->n_heads; head++) {
+    const bool well = kvq_cuda_enter(cuda);
+    for (int head = 0; head < ring->n_heads && well; head++) {
         for (int side = 0; side < KVQ_SIDES; side++) {
             for (int b = 0; b < n && cuda->status == KVQ_OK; b++) {
                 kvq_cuda_did(cuda,
@@ -157,10 +147,11 @@ void kvq_cuda_cache_repeat(kvq_device *device, int layer, int n) {
 
 uint8_t *kvq_cuda_cache_lend(kvq_device *device, int layer, int head, int side, int block) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
-    kvq_cuda_enter(cuda);
+    const bool well = kvq_cuda_enter(cuda);
     cuda->lent_from = block_at(cuda, layer, head, side, block);
     cuda->lent_bytes = device->rings[layer].track[side][head].block_bytes;
-    if (kvq_cuda_did(cuda,
+    if (well &&
+        kvq_cuda_did(cuda,
                      cuda->api->cuMemcpyDtoH(cuda->lent_room, cuda->lent_from, cuda->lent_bytes),
                      "cuMemcpyDtoH of a sealed block")) {
         cuda->lent = cuda->lent_room;

@@ -36,6 +36,13 @@ bool kvq_cuda_did(kvq_cuda *cuda, CUresult result, const char *what, ...) {
     return false;
 }
 
+void kvq_cuda_put(kvq_cuda *cuda, CUdeviceptr to, const void *from, size_t bytes,
+                  const char *what) {
+    if (cuda->status != KVQ_OK) return;
+    kvq_cuda_did(cuda, kvq_cuda_copy_up(cuda->api, to, from, bytes, cuda->stream),
+                 "cuMemcpyHtoDAsync and cuStreamSynchronize of %s", what);
+}
+
 void kvq_cuda_launch(kvq_cuda *cuda, kvq_cuda_kernel_id kernel, unsigned grid_x, unsigned grid_y,
                      unsigned grid_z, unsigned threads, size_t shared, const void *args) {
     void *parameters[] = {(void *)(uintptr_t)args};
@@ -47,17 +54,21 @@ void kvq_cuda_launch(kvq_cuda *cuda, kvq_cuda_kernel_id kernel, unsigned grid_x,
                  "cuLaunchKernel of %s", kvq_cuda_kernel_name(kernel));
 }
 
-void kvq_cuda_enter(kvq_cuda *cuda) {
-    kvq_cuda_did(cuda, cuda->api->cuCtxPushCurrent(cuda->context), "cuCtxPushCurrent");
-    if (!cuda->lent) return;
-    kvq_cuda_did(cuda, cuda->api->cuMemcpyHtoD(cuda->lent_from, cuda->lent, cuda->lent_bytes),
-                 "cuMemcpyHtoD of a sealed block");
-    cuda->lent = NULL;
+bool kvq_cuda_enter(kvq_cuda *cuda) {
+    const CUresult result = cuda->api->cuCtxPushCurrent(cuda->context);
+    cuda->is_current = result == CUDA_SUCCESS;
+    kvq_cuda_did(cuda, result, "cuCtxPushCurrent");
+    if (cuda->lent) {
+        kvq_cuda_put(cuda, cuda->lent_from, cuda->lent, cuda->lent_bytes, "a sealed block");
+        cuda->lent = NULL;
+    }
+    return cuda->status == KVQ_OK;
 }
 
 void kvq_cuda_leave(kvq_cuda *cuda) {
     CUcontext left;
-    cuda->api->cuCtxPopCurrent(&left);
+    if (cuda->is_current) cuda->api->cuCtxPopCurrent(&left);
+    cuda->is_current = false;
 }
 
 static const kvq_config *config_of(const kvq_cuda *cuda) { return &cuda->device.model->config; }
@@ -83,10 +94,7 @@ typedef struct tables {
 
 static const void *place_table(tables *t, const void *from, size_t bytes) {
     void *const to = kvq_arena_take(t->arena, bytes);
-    if (to) {
-        kvq_cuda_did(t->cuda, t->cuda->api->cuMemcpyHtoD(kvq_cuda_address(to), from, bytes),
-                     "cuMemcpyHtoD of a basis");
-    }
+    if (to) kvq_cuda_put(t->cuda, kvq_cuda_address(to), from, bytes, "a basis");
     return to;
 }
 
@@ -177,10 +185,8 @@ static void lay_out(kvq_cuda *cuda, kvq_arena *arena, kvq_cuda_bytes *bytes,
         first = place_table(&t, turns->first, pairs * (size_t)ring->max_blocks);
     }
     if (arena->base) {
-        kvq_cuda_did(cuda,
-                     cuda->api->cuMemcpyHtoD(kvq_cuda_address(cuda->tracks), placed,
-                                             n_tracks * sizeof *placed),
-                     "cuMemcpyHtoD of %zu tracks", n_tracks);
+        kvq_cuda_put(cuda, kvq_cuda_address(cuda->tracks), placed, n_tracks * sizeof *placed,
+                     "tracks");
     }
     bytes->tables = arena->used - before;
 
@@ -292,8 +298,7 @@ static void begin(kvq_device *device, const kvq_span *span, const float *x) {
     cuda->span = *span;
     cuda->mode = KVQ_CUDA_RUNS;
     cuda->logits_rows = 0;
-    kvq_cuda_enter(cuda);
-    if (cuda->status != KVQ_OK) return;
+    if (!kvq_cuda_enter(cuda)) return;
     stage(cuda, &at, cuda->step, &step, sizeof step);
     stage(cuda, &at, cuda->cos_sin, span->cos_sin, n * c->d_rope * sizeof(float));
     stage(cuda, &at, cuda->buffer[KVQ_BUFFER_X], x, n * c->d_model * sizeof(float));
@@ -549,13 +554,11 @@ static void run_recorded(kvq_cuda *cuda) {
     CUgraph graph = NULL;
     CUgraphExec run = NULL;
     cuda->mode = KVQ_CUDA_RUNS;
-    if (!kvq_cuda_did(cuda, api->cuStreamEndCapture(cuda->stream, &graph), "cuStreamEndCapture")) {
-        return;
-    }
-    if (kvq_cuda_did(cuda, api->cuGraphInstantiate(&run, graph, 0), "cuGraphInstantiate")) {
+    if (kvq_cuda_did(cuda, api->cuStreamEndCapture(cuda->stream, &graph), "cuStreamEndCapture") &&
+        kvq_cuda_did(cuda, api->cuGraphInstantiate(&run, graph, 0), "cuGraphInstantiate")) {
         kvq_cuda_did(cuda, api->cuGraphLaunch(run, cuda->stream), "cuGraphLaunch");
     }
-    api->cuGraphDestroy(graph);
+    if (graph) api->cuGraphDestroy(graph);
     if (complete && cuda->status == KVQ_OK) {
         *graph_of(cuda, &cuda->span) = run;
     } else if (run) {
@@ -651,7 +654,7 @@ static kvq_status open_context(kvq_cuda *cuda, int index) {
         cuda->context = NULL;
         return cuda->status;
     }
-    kvq_cuda_enter(cuda);
+    if (!kvq_cuda_enter(cuda)) return cuda->status;
     kvq_cuda_did(cuda,
                  cuda->api->cuDeviceGetAttribute(
                      &cuda->n_processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, cuda->id),
@@ -673,7 +676,7 @@ kvq_status kvq_cuda_open(kvq_device **out, const kvq_cuda_options *o) {
     if (status == KVQ_OK) status = kvq_cuda_kernels_open(&cuda->kernels, cuda->api, name);
     if (status == KVQ_OK) status = measure(cuda, &bytes, o, cuda->n_processors);
     if (status == KVQ_OK) {
-        status = kvq_cuda_weights_open(&cuda->weights, cuda->api, o->model, o->index,
+        status = kvq_cuda_weights_open(&cuda->weights, cuda->api, cuda->stream, o->model, o->index,
                                        o->first_layer, o->head, o->upload, o->user);
     }
     if (status == KVQ_OK) status = allocate(cuda, o);
@@ -691,8 +694,8 @@ void kvq_cuda_close(kvq_device *device) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
     const kvq_cuda_api *const api = cuda->api;
     if (cuda->context) {
-        cuda->lent = NULL;
-        api->cuCtxPushCurrent(cuda->context);
+        cuda->lent = NULL; /* nobody will read it again */
+        kvq_cuda_enter(cuda);
         if (cuda->stream) api->cuStreamSynchronize(cuda->stream);
         for (int i = 0; i < KVQ_CUDA_GRAPHS; i++) {
             if (cuda->graphs[i]) api->cuGraphExecDestroy(cuda->graphs[i]);

@@ -21,6 +21,7 @@ typedef struct kvq_cuda {
     CUdevice id;
     CUcontext context;
     CUstream stream;
+    bool is_current; /* the context, in the thread that calls */
     kvq_cuda_kernels kernels;
     const kvq_cuda_weights *weights;
     int n_processors;
@@ -77,12 +78,16 @@ __attribute__((format(printf, 3, 4)))
 #endif
 bool kvq_cuda_did(kvq_cuda *cuda, CUresult result, const char *what, ...);
 
+/* Copies to the device, at once. What it is goes into the sentence of a failure. */
+void kvq_cuda_put(kvq_cuda *cuda, CUdeviceptr to, const void *from, size_t bytes, const char *what);
+
 /* Launches a kernel, whose argument is one struct. */
 void kvq_cuda_launch(kvq_cuda *cuda, kvq_cuda_kernel_id kernel, unsigned grid_x, unsigned grid_y,
                      unsigned grid_z, unsigned threads, size_t shared, const void *args);
 
-/* Makes the context current, and puts a lent block back; and the context away. */
-void kvq_cuda_enter(kvq_cuda *cuda);
+/* Makes the context current, and puts a lent block back: true if all is well. And the context away.
+ */
+bool kvq_cuda_enter(kvq_cuda *cuda);
 void kvq_cuda_leave(kvq_cuda *cuda);
 
 /* cuda_cache.c: the functions of kvq_device_ops about the cache. */

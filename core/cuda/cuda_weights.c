@@ -57,6 +57,7 @@ const kvq_tensor *kvq_cuda_weights_find(const kvq_cuda_weights *weights, const k
 
 typedef struct upload {
     const kvq_cuda_api *api;
+    CUstream stream;
     kvq_cuda_weights *weights;
     kvq_progress progress;
     void *user;
@@ -75,8 +76,9 @@ static void copy_tensor(void *context, const kvq_tensor *from, kvq_tensor *to) {
     const CUdeviceptr address = u->weights->memory + u->done;
     for (size_t at = 0; at < bytes && u->status == KVQ_OK; at += PIECE) {
         const size_t n = bytes - at < PIECE ? bytes - at : PIECE;
-        u->status = kvq_cuda_check(u->api, u->api->cuMemcpyHtoD(address + at, from->data + at, n),
-                                   "cuMemcpyHtoD of %zu bytes of weights", n);
+        u->status = kvq_cuda_check(
+            u->api, kvq_cuda_copy_up(u->api, address + at, from->data + at, n, u->stream),
+            "cuMemcpyHtoDAsync and cuStreamSynchronize of %zu bytes of weights", n);
         report(u, u->done + at + n);
     }
     *to = *from;
@@ -90,7 +92,7 @@ static void free_weights(kvq_cuda_weights *w, const kvq_cuda_api *api) {
     kvq_free(w);
 }
 
-static kvq_status make_weights(kvq_cuda_weights **out, const kvq_cuda_api *api,
+static kvq_status make_weights(kvq_cuda_weights **out, const kvq_cuda_api *api, CUstream stream,
                                const kvq_model *model, const kvq_cuda_weights *wanted,
                                kvq_progress progress, void *user) {
     kvq_cuda_weights *const w = kvq_alloc(sizeof *w);
@@ -102,7 +104,7 @@ static kvq_status make_weights(kvq_cuda_weights **out, const kvq_cuda_api *api,
         kvq_free(w);
         return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
     }
-    upload u = {.api = api, .weights = w, .progress = progress, .user = user};
+    upload u = {.api = api, .stream = stream, .weights = w, .progress = progress, .user = user};
     u.status = kvq_cuda_check(api, api->cuMemAlloc(&w->memory, w->bytes),
                               "cuMemAlloc of %.2f GB for weights", (double)w->bytes / 1e9);
     if (u.status == KVQ_OK) for_tensors(model, w, copy_tensor, &u);
@@ -114,10 +116,27 @@ static kvq_status make_weights(kvq_cuda_weights **out, const kvq_cuda_api *api,
     return KVQ_OK;
 }
 
+/* Under the lock; NULL if there are none. */
+static kvq_cuda_weights *find_weights(const kvq_model *model, int index, int first_layer,
+                                      bool head) {
+    kvq_cuda_weights *const *const list = model->uploaded, *w;
+    for (w = *list; w; w = w->next) {
+        if (w->index == index && w->first_layer == first_layer && w->head == head) break;
+    }
+    return w;
+}
+
+bool kvq_cuda_weights_shared(const kvq_model *model, int index, int first_layer, bool head) {
+    pthread_mutex_lock(&lock);
+    const bool found = find_weights(model, index, first_layer, head) != NULL;
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
 kvq_status kvq_cuda_weights_open(const kvq_cuda_weights **out, const kvq_cuda_api *api,
-                                 const kvq_model *model, int index, int first_layer, bool head,
-                                 kvq_progress progress, void *user) {
-    kvq_cuda_weights **const list = model->uploaded, *w;
+                                 CUstream stream, const kvq_model *model, int index,
+                                 int first_layer, bool head, kvq_progress progress, void *user) {
+    kvq_cuda_weights **const list = model->uploaded;
     kvq_status status = KVQ_OK;
     const kvq_cuda_weights wanted = {.users = 1,
                                      .index = index,
@@ -125,13 +144,11 @@ kvq_status kvq_cuda_weights_open(const kvq_cuda_weights **out, const kvq_cuda_ap
                                      .head = head,
                                      .bytes = kvq_cuda_weights_bytes(model, first_layer, head)};
     pthread_mutex_lock(&lock);
-    for (w = *list; w; w = w->next) {
-        if (w->index == index && w->first_layer == first_layer && w->head == head) break;
-    }
+    kvq_cuda_weights *w = find_weights(model, index, first_layer, head);
     if (w) {
         w->users++;
     } else {
-        status = make_weights(&w, api, model, &wanted, progress, user);
+        status = make_weights(&w, api, stream, model, &wanted, progress, user);
         if (status == KVQ_OK) {
             w->next = *list;
             *list = w;

@@ -24,10 +24,14 @@ typedef struct kvq_cuda_weights {
 /* Bytes that the weights of layers first_layer .. take on a device, and those of the head. */
 uint64_t kvq_cuda_weights_bytes(const kvq_model *model, int first_layer, bool head);
 
-/* Those that are there already, or uploads them into the context that is current. */
+/* Whether a session of the model has put them there, so that another one takes no more. */
+bool kvq_cuda_weights_shared(const kvq_model *model, int index, int first_layer, bool head);
+
+/* Those that are there already, or uploads them into the context that is current. The stream is
+ * one of that context, and free. */
 kvq_status kvq_cuda_weights_open(const kvq_cuda_weights **out, const kvq_cuda_api *api,
-                                 const kvq_model *model, int index, int first_layer, bool head,
-                                 kvq_progress upload, void *user);
+                                 CUstream stream, const kvq_model *model, int index,
+                                 int first_layer, bool head, kvq_progress upload, void *user);
 void kvq_cuda_weights_close(const kvq_cuda_weights *weights, const kvq_cuda_api *api,
                             const kvq_model *model); /* takes NULL */
 

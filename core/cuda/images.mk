@@ -37,7 +37,7 @@ else
 	$(MAKE) --no-print-directory $(CUDA_13) $(CUDA_12)
 endif
 
-# What ptxas says of registers and memory is kept beside the image: tests/cuda/resources.py reads it.
+# What ptxas says of registers and memory is kept beside the image, for tests/cuda/resources.py.
 $(CUDA)/13/%.fatbin: core/cuda/kernels/%.cu core/cuda/images.mk
 	@mkdir -p $(@D)
 	@test -n "$(NVCC)" || { echo "$@ is older than its sources, but there is no nvcc to build it:" \
@@ -68,7 +68,7 @@ $(CUDA)/embedded: cuda-embedded
 $(BUILD)/core/cuda/images.o: core/cuda/images.S core/cuda/kernels.def $(CUDA)/embedded \
                              $(foreach i,$(CUDA_IMAGES),$(CUDA_$i))
 	@mkdir -p $(@D)
-	$(CC) -Icore -Wa,-I$(CUDA) $(foreach i,13 12,-DKVQ_CUDA_IMAGES_$i=$(words $(filter $i,$(CUDA_IMAGES)))) \
-		-c $< -o $@
+	$(CC) -Icore -Wa,-I$(CUDA) -c $< -o $@ \
+		$(foreach i,13 12,-DKVQ_CUDA_IMAGES_$i=$(words $(filter $i,$(CUDA_IMAGES))))
 	@test -n "$(strip $(CUDA_IMAGES))" || \
 		echo "This build has no CUDA kernels and runs on the CPU alone: make cuda builds them."

@@ -9,15 +9,9 @@
 #define KVQ_KV_BASIS_H
 
 #include "bytes.h"
+#include "kv/kv_ids.h"
 
 struct kvq_isa;
-
-typedef enum kvq_basis_kind {
-    KVQ_BASIS_identity,
-    KVQ_BASIS_hadamard,
-    KVQ_BASIS_permuted,  /* channels in another order, which puts like beside like */
-    KVQ_BASIS_calibrated /* any invertible matrix */
-} kvq_basis_kind;
 
 typedef struct kvq_basis {
     kvq_basis_kind kind;

@@ -9,13 +9,6 @@
 
 #include "kv/kv_format.h"
 
-typedef enum kvq_codec_id {
-#define KVQ_CODEC(NAME, MULTIPLE, SUMMARY) KVQ_CODEC_##NAME,
-#include "kv/codecs.def"
-#undef KVQ_CODEC
-    KVQ_CODECS
-} kvq_codec_id;
-
 /* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head). */
 typedef struct kvq_query {
     const float *x; /* [n][d] */
@@ -50,43 +43,10 @@ typedef struct kvq_codec {
 
 extern const kvq_codec kvq_codecs[KVQ_CODECS];
 
-/* Where a block of keys keeps its mean, int8 [d] in units of the half at byte 0; 0 where the codec
- * has none. */
-KVQ_BOTH size_t kvq_codec_mean_at(kvq_codec_id id, const kvq_kv_shape *sh) {
-    switch (id) {
-    case KVQ_CODEC_u1:
-    case KVQ_CODEC_u2:
-    case KVQ_CODEC_u4:
-        return kvq_u_means(sh);
-    case KVQ_CODEC_mixed:
-        return KVQ_MIXED_HEADER;
-    default:
-        return 0;
-    }
-}
-
-/* Where the codes of a block begin, which kernels read in wide loads: behind its scales. */
-KVQ_BOTH size_t kvq_codec_codes_at(kvq_codec_id id, const kvq_kv_shape *sh) {
-    switch (id) {
-    case KVQ_CODEC_u1:
-    case KVQ_CODEC_u2:
-    case KVQ_CODEC_u4:
-        return kvq_u_means(sh) + 2 * (size_t)sh->d;
-    case KVQ_CODEC_c8:
-        return kvq_c8_words(sh);
-    case KVQ_CODEC_mixed:
-        return kvq_mixed_units_at(sh);
-    case KVQ_CODEC_t1:
-    case KVQ_CODEC_t2:
-        return KVQ_T_HEADER;
-    case KVQ_CODEC_n2:
-    case KVQ_CODEC_n3:
-    case KVQ_CODEC_nf4:
-        return KVQ_N_HEADER;
-    default:
-        return 0;
-    }
-}
+/* The tables of kv_format.h. */
+extern const float kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
+extern const int8_t kvq_t1_level[16], kvq_t2_level[16];
+extern const int8_t kvq_c8_x[8], kvq_c8_y[8];
 
 /* The reference: decodes and multiplies in plain loops. */
 void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block,

@@ -10,6 +10,7 @@
 #define KVQ_KV_FORMAT_H
 
 #include "bytes.h"
+#include "kv/kv_ids.h"
 
 #define KVQ_BLOCK 64 /* tokens */
 #define KVQ_RUNS 4
@@ -186,6 +187,44 @@ KVQ_BOTH size_t kvq_n2_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 2)
 KVQ_BOTH size_t kvq_n3_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 3); }
 KVQ_BOTH size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 4); }
 
+/* Where a block of keys keeps its mean, int8 [d] in units of the half at byte 0; 0 where the codec
+ * has none. */
+KVQ_BOTH size_t kvq_codec_mean_at(kvq_codec_id id, const kvq_kv_shape *sh) {
+    switch (id) {
+    case KVQ_CODEC_u1:
+    case KVQ_CODEC_u2:
+    case KVQ_CODEC_u4:
+        return kvq_u_means(sh);
+    case KVQ_CODEC_mixed:
+        return KVQ_MIXED_HEADER;
+    default:
+        return 0;
+    }
+}
+
+/* Where the codes of a block begin, which kernels read in wide loads: behind its scales. */
+KVQ_BOTH size_t kvq_codec_codes_at(kvq_codec_id id, const kvq_kv_shape *sh) {
+    switch (id) {
+    case KVQ_CODEC_u1:
+    case KVQ_CODEC_u2:
+    case KVQ_CODEC_u4:
+        return kvq_u_means(sh) + 2 * (size_t)sh->d;
+    case KVQ_CODEC_c8:
+        return kvq_c8_words(sh);
+    case KVQ_CODEC_mixed:
+        return kvq_mixed_units_at(sh);
+    case KVQ_CODEC_t1:
+    case KVQ_CODEC_t2:
+        return KVQ_T_HEADER;
+    case KVQ_CODEC_n2:
+    case KVQ_CODEC_n3:
+    case KVQ_CODEC_nf4:
+        return KVQ_N_HEADER;
+    default:
+        return 0;
+    }
+}
+
 /* Tables of levels are lists here, since host and device each keep arrays of their own. */
 
 /* Levels of n2 and n3: quantizers of least mean square error for a unit normal variable (Lloyd,
@@ -197,7 +236,6 @@ KVQ_BOTH size_t kvq_nf4_bytes(const kvq_kv_shape *sh) { return kvq_n_bytes(sh, 4
     -1.0f, -0.69619280f, -0.52507305f, -0.39491749f, -0.28444138f, -0.18477343f, -0.09105004f,     \
         0.0f, 0.07958030f, 0.16093020f, 0.24611230f, 0.33791524f, 0.44070983f, 0.56261700f,        \
         0.72295684f, 1.0f
-extern const float kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
 
 /* Levels of t1, t2 and points of c8 are small integers, which instruction sets multiply fastest, in
  * this unit; rounding to them adds 2.4e-5 of the power of normal data to the error. */
@@ -208,13 +246,11 @@ extern const float kvq_n2_level[8], kvq_n3_level[8], kvq_nf4_level[16];
  * trellis; bench/train_trellis.c). */
 #define KVQ_T1_LEVELS 30, -92, 68, -20, -60, 22, -27, 60, -58, 19, -21, 90, 26, -62, 56, -25
 #define KVQ_T2_LEVELS 126, 9, 60, -53, 45, -47, 18, -12, -13, -126, -83, 89, -77, 65, -24, 25
-extern const int8_t kvq_t1_level[16], kvq_t2_level[16];
 
 /* Points of c8: the 8-point quantizer of least mean square error for a two-dimensional normal
  * distribution of unit variance (Lloyd's algorithm on a grid of 801 x 801; error 0.2012 per value).
  * Points 4..7 are 0..3 negated. */
 #define KVQ_C8_X 21, 28, 54, 95, -21, -28, -54, -95
 #define KVQ_C8_Y -19, -92, 60, -19, 19, 92, -60, 19
-extern const int8_t kvq_c8_x[8], kvq_c8_y[8];
 
 #endif

@@ -17,8 +17,6 @@
 
 #include "kv/kv_format.h"
 
-enum { KVQ_WAVES = 8 }; /* pairs of a head, at most */
-
 /* Of one KV head, in the coordinates of its keys' basis. */
 typedef struct kvq_wave {
     int n;                /* pairs; 0: none */

@@ -34,6 +34,8 @@ from pykvq.bench.lanes import Lane, OwnLane
 from pykvq.bench.peer import LlamaModel, require_llama_cpp
 from pykvq.bench.ratios import GENERATION, PROMPT, Json, add_depth_costs, ratios
 from pykvq.eval.record import machine as machine_name
+from pykvq.kv_names import parse_kv
+from pykvq.native_device import devices
 from pykvq.native_session import STAGES
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Timed:
         stages: Time by stage of each, where the engine tells.
         context: Tokens in the cache at the middle of each.
         kv_bytes: Bytes of the cache that a token read at that point, where the engine tells.
+        gpu_layers: Layers on the GPU, the output matrix counted as one, where the engine tells.
         ns_at_0: Of generation at a depth: what the same took at depth 0, just before each.
     """
 
@@ -71,6 +74,7 @@ class Timed:
     stages: list[dict[str, int]] = field(default_factory=list)
     context: list[float] = field(default_factory=list)
     kv_bytes: list[float] = field(default_factory=list)
+    gpu_layers: int | None = None
     ns_at_0: list[int] = field(default_factory=list)
 
 
@@ -172,7 +176,9 @@ class Bench:
         times.context.append(at + (n * calls + 1) / 2)
         after = lane.stats()
         if before is not None and after is not None:
-            times.stages.append(_stages(before, after))
+            times.gpu_layers = after.n_gpu_layers + after.gpu_head
+            if not times.gpu_layers:  # the clocks of the core are those of the CPU
+                times.stages.append(_stages(before, after))
             read = [s.bytes_step_k + s.bytes_step_v for s in (before, after)]
             times.kv_bytes.append(sum(read) / 2)
 
@@ -214,11 +220,12 @@ def run(
     limits = machine.measure(options.n_threads)
     options = replace(options, n_threads=limits.n_threads)
     work = machine.work_of(model)
+    n_gpu_layers, device = _placement(model, options)
     results: list[Json] = []
     with ExitStack() as stack:
         peer: LlamaModel | None = None
         if options.peer is not None:
-            peer = stack.enter_context(LlamaModel(model.info.path))
+            peer = stack.enter_context(LlamaModel(model.info.path, n_gpu_layers))
             versions["llama.cpp"] = peer.build
 
         def lanes_of(options: Options) -> list[Lane]:
@@ -233,7 +240,8 @@ def run(
         if options.n_gen and max(options.depths) > 0:
             shallow = lanes_of(replace(options, depths=[WARM_UP], n_prompt=0, fill_from=None))
         for lane, test, depth, times in Bench(model, options, lanes, shallow, progress).run():
-            result = _result(lane, test, depth, times, options, limits, work)
+            on_cpu = None if n_gpu_layers else limits
+            result = _result(lane, test, depth, times, options, on_cpu, work)
             results.append(result)
             if announce is not None:
                 announce(result)
@@ -248,6 +256,7 @@ def run(
         "model": _model_facts(model),
         "settings": asdict(options) | {"n_ctx": options.n_ctx},
         "limits": asdict(limits),
+        "device": device,
         "results": results,
     }
     if options.peer is None:
@@ -255,6 +264,22 @@ def run(
     else:
         record |= ratios(results, options)
     return record
+
+
+def _placement(model: Model, options: Options) -> tuple[int, Json | None]:
+    """How many layers the GPU will have, the output matrix counted as one, and what GPU that is."""
+    scheme, bits = parse_kv(options.kv[0])
+    placed = model.plan(
+        kv=scheme.name,
+        kv_bits=bits,
+        n_ctx=options.n_ctx,
+        n_batch=options.n_batch,
+        device=options.device,
+        n_gpu_layers=options.n_gpu_layers,
+        memory=1,
+    ).stats
+    found = [d for d in devices().found if d.name == f"cuda:{placed.gpu}"]
+    return placed.n_gpu_layers + placed.gpu_head, asdict(found[0]) if found else None
 
 
 def _model_facts(model: Model) -> Json:
@@ -275,10 +300,13 @@ def _result(
     depth: int,
     times: Timed,
     options: Options,
-    limits: Limits,
+    limits: Limits | None,
     work: Work,
 ) -> Json:
-    """One line of the results; what an engine does not tell is None."""
+    """One line of the results; what an engine does not tell is None.
+
+    The limits are those of the CPU, None where a GPU has layers: then no share of any is stated.
+    """
     n = options.n_gen if test == GENERATION else options.n_prompt
     ns = statistics.median(times.ns)
     context = statistics.median(times.context)
@@ -296,7 +324,8 @@ def _result(
         "ms_per_token": ns / n / 1e6,
         "tokens_per_second": n / ns * 1e9,
         "giga_operations_per_second": needed / ns,
-        "share_of_int8_peak": _share(needed / ns * 1e9, limits.int8_operations),
+        "share_of_int8_peak": _share(needed / ns * 1e9, limits.int8_operations if limits else None),
+        "gpu_layers": times.gpu_layers,
         "stages_ms": None,
         "weight_bytes": None,
         "kv_bytes": None,
@@ -313,13 +342,16 @@ def _result(
     if test == GENERATION and times.kv_bytes:
         kv_bytes = statistics.median(times.kv_bytes)
         n_bytes = work.weight_bytes + kv_bytes
+        result |= {
+            "weight_bytes": work.weight_bytes,
+            "kv_bytes": kv_bytes,
+            "gb_per_second": n_bytes / (ns / n),
+        }
+    if test == GENERATION and times.kv_bytes and times.stages and limits is not None:
         seconds = ns / n * 1e-9
         in_attention = result["stages_ms"]["attention"] * 1e-3
         of_attention = limits.least_seconds(kv_bytes, work.attention_operations * context)
         result |= {
-            "weight_bytes": work.weight_bytes,
-            "kv_bytes": kv_bytes,
-            "gb_per_second": n_bytes / seconds / 1e9,
             "share_of_bandwidth": n_bytes / seconds / limits.read_bytes,
             "share_of_limit": limits.least_seconds(n_bytes, needed / n) / seconds,
             "attention_share_of_limit": _share(of_attention, in_attention),

@@ -66,12 +66,13 @@ class OwnLane(Closing):
         Args:
             model: The model.
             kv: The scheme: NAME or NAME:BITS.
-            options: Context, threads and passes.
+            options: Context, threads, passes and device.
 
         Raises:
             SchemeError: The scheme is not known, or its bits are fixed.
             UnsupportedError: It has no form for this model.
             MemoryLimitError: The cache does not fit into the memory.
+            DeviceError: The device is not there, or cannot be used.
         """
         scheme, bits = parse_kv(kv)
         self.kv = self.setting = kv
@@ -81,6 +82,8 @@ class OwnLane(Closing):
             n_ctx=options.n_ctx,
             n_threads=options.n_threads,
             n_batch=options.n_batch,
+            device=options.device,
+            n_gpu_layers=options.n_gpu_layers,
         )
         self._session.time_stages()
         self._logits = np.empty((1, model.info.n_vocab), np.float32)

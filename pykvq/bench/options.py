@@ -36,6 +36,8 @@ class Options:
         repetitions: How often each is timed.
         n_threads: Threads; None: one per processor.
         n_batch: Tokens per pass of a prompt.
+        device: Where layers run, as for `Model.session`.
+        n_gpu_layers: Layers on the GPU; None: all, or as many as fit.
         fill_from: Tokens that are really evaluated on the way to a depth, after which keys and
             values are repeated; None: a depth is reached by a prompt of that many tokens.
         peer: The other runtime; None: none.
@@ -50,6 +52,8 @@ class Options:
     repetitions: int = 3
     n_threads: int | None = None
     n_batch: int = 512
+    device: str = "auto"
+    n_gpu_layers: int | None = None
     fill_from: int | None = None
     peer: str | None = None
     peer_kv: Sequence[str] = ("f16",)
@@ -73,8 +77,9 @@ class Options:
             whole_number("prompt_depth", self.prompt_depth, 0, most)
         whole_number("repetitions", self.repetitions, 1)
         whole_number("n_batch", self.n_batch, *SESSION_RANGES["n_batch"])
-        if self.n_threads is not None:
-            whole_number("n_threads", self.n_threads, *SESSION_RANGES["n_threads"])
+        for name in ("n_threads", "n_gpu_layers"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), *SESSION_RANGES[name])
         if self.fill_from is not None:
             whole_number("fill_from", self.fill_from, 1, most)
         if not self.kv:

@@ -53,13 +53,25 @@ class LlamaModel(Closing):
 
     build: str
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, n_gpu_layers: int = 0) -> None:
         """Loads a GGUF file.
 
+        Args:
+            path: The file.
+            n_gpu_layers: Layers on the GPU, the output matrix counted as one; 0: none, nor anything
+                else.
+
         Raises:
-            KvqError: llama-cpp-python is not installed, or cannot load the file.
+            KvqError: llama-cpp-python is not installed, was built for no GPU although it shall use
+                one, or cannot load the file.
         """
         self.api: Any = require_llama_cpp().llama_cpp
+        self.on_gpu = n_gpu_layers > 0
+        if self.on_gpu and not self.api.llama_supports_gpu_offload():
+            raise KvqError(
+                "The peer llama.cpp was built for the CPU alone, but pykvq is timed on a GPU;"
+                " `--device cpu` times both on the CPU."
+            )
         self.errors: list[str] = []
         self._model: Any = None
 
@@ -73,9 +85,9 @@ class LlamaModel(Closing):
         self.api.llama_backend_init()
         info = self.api.llama_print_system_info().decode("utf-8", "replace")
         self.build = " ".join(info.strip(" |").split())
-        self._model = self.api.llama_model_load_from_file(
-            path.encode(), self.api.llama_model_default_params()
-        )
+        params = self.api.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self._model = self.api.llama_model_load_from_file(path.encode(), params)
         if not self._model:
             raise KvqError(f"llama.cpp cannot load {path}: {self.why()}.")
 
@@ -128,6 +140,7 @@ class LlamaLane(Closing):
         params.flash_attn_type = (
             api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        params.offload_kqv = params.op_offload = model.on_gpu
         params.no_perf = True
         params.n_threads = params.n_threads_batch = options.n_threads or os.cpu_count() or 1
         if options.fill_from is not None:

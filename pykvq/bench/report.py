@@ -111,11 +111,13 @@ def _csv(record: Json) -> str:
 
 def _markdown(record: Json) -> str:
     model, settings, limits = record["model"], record["settings"], record["limits"]
-    peak = limits["int8_operations"]
+    peak, device = limits["int8_operations"], record["device"]
     lines = [
         f"{model['name']}, {model['bytes_weights'] / 1e6:.1f} MB of weights; {record['machine']};"
         f" {limits['n_threads']} threads, {limits['isa']}; {record['date']}",
-        f"measured limits: {limits['read_bytes'] / 1e9:.1f} GB/s read,"
+        *([] if device is None else [f"on {device['name']}, {device['model']}"]),
+        f"measured limits{'' if device is None else ' of the CPU'}:"
+        f" {limits['read_bytes'] / 1e9:.1f} GB/s read,"
         f" {'no measure of' if peak is None else format(peak / 1e9, '.0f')} Gop/s int8",
         "; ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "",

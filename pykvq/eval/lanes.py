@@ -222,6 +222,7 @@ class SessionPool(Closing):
             "n_ctx": n_ctx,
             "n_batch": n_batch,
             "n_threads": n_threads,
+            "device": "cpu",  # which simulations need, and all lanes are to be alike
         }
         self._sessions: dict[str, Session] = {}
         self._stack = ExitStack()

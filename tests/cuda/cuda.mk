@@ -50,6 +50,9 @@ $(foreach variant,$(SIM_VARIANTS),$(eval $(call SIM_RULES,$(variant))))
 # with those that CUDA_KERNELS_X names (without .cu); with the files of tests/cuda that CUDA_SOURCES_X
 # names; and with the core. Kernels come first: of an inline function that several objects have, the
 # instrumented one is taken. Its argument is the variant, so that it can do less where that is slow.
+CUDA_KERNELS_attend = attend decode merge
+CUDA_KERNELS_cache = cache
+CUDA_KERNELS_weights = elementwise gemm matvec
 CUDA_SOURCES_attend = attend_case.c
 
 CUDA_TESTS = $(patsubst tests/cuda/test_%.cpp,%,$(sort $(wildcard tests/cuda/test_*.cpp)))
@@ -100,7 +103,8 @@ $(BUILD)/cuda/race/test_race: $(BUILD)/cuda/race/$(SIM)/test_race.o $(call sim_r
 	$(CXX) -g $^ $(LIBS) -o $@
 
 # The fibers of processors that have no switch of their own, on this one.
-$(BUILD)/cuda/ucontext/test_cusim: $(SIM)/test_cusim.cpp $(SIM_SOURCES) $(wildcard $(SIM)/*.h)
+$(BUILD)/cuda/ucontext/test_cusim: $(SIM)/test_cusim.cpp $(SIM_SOURCES) \
+                                   $(wildcard $(SIM)/*.h $(SIM)/include/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(SIM_CXXFLAGS) -O1 -DCUSIM_UCONTEXT $(filter %.cpp,$^) $(LIBS) -o $@
 
@@ -145,6 +149,18 @@ $(BUILD)/cuda/test_driver: tests/cuda/test_driver.c tests/cuda/fake_images.c $(B
 cuda-driver: $(BUILD)/cuda/test_driver $(FAKE_CUDA) $(BUILD)/cuda/fake/libcuda_old.so ## test how the core uses the CUDA driver, on the stand-in
 	$< $(abspath $(FAKE_CUDA)) $(abspath $(BUILD)/cuda/fake/libcuda_old.so)
 
+# ---- sessions on the stand-in -------------------------------------------------------------------
+#
+# The CUDA device behind the Python package. A process loads one driver in its life, so these run in
+# one that has the stand-in; elsewhere they skip. An extension without kernels fails them.
+
+CUDA_PYTHON = tests/test_cuda_device.py tests/test_cuda_session.py tests/test_cuda_faults.py \
+              tests/test_cancelled_pass.py
+
+.PHONY: cuda-python
+cuda-python: ext $(FAKE_CUDA) $(VENV)/.ready-dev ## test sessions on the CUDA device, on the stand-in
+	KVQ_LIBCUDA=$(abspath $(FAKE_CUDA)) $(PY) -m pytest $(CUDA_PYTHON)
+
 # ---- what kernels take of a GPU -----------------------------------------------------------------
 
 .PHONY: cuda-resources cuda-resources-write
@@ -154,6 +170,19 @@ cuda-resources: $(CUDA_13) ## compare registers and memory of the kernels with t
 cuda-resources-write: $(CUDA_13) ## write tests/cuda/resources.txt by the kernels as they are
 	$(PY) tests/cuda/resources.py $(CUDA)/13 tests/cuda/resources.txt --write
 
+# ---- their machine code ------------------------------------------------------------------------
+
+CUDA_BINARY_TOOLS = $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin
+
+$(VENV)/.ready-cuda-sass: $(VENV)/.ready
+	$(PY) -m pip install -q --disable-pip-version-check nvidia-cuda-cuobjdump==13.5.37 \
+		nvidia-cuda-nvdisasm==13.5.37
+	@touch $@
+
+.PHONY: cuda-sass
+cuda-sass: $(CUDA_13) $(CUDA_12) $(VENV)/.ready-cuda-sass ## check the machine code of the kernels: tensor cores used, no local memory
+	$(PY) tests/cuda/sass.py $(CUDA)/13 $(CUDA)/12 --tools $$(echo $(CUDA_BINARY_TOOLS))
+
 # ---- all of it ----------------------------------------------------------------------------------
 
 # nvcc is looked for when make starts, so the rest runs in a make of its own. The extension comes
@@ -161,8 +190,8 @@ cuda-resources-write: $(CUDA_13) ## write tests/cuda/resources.txt by the kernel
 .PHONY: test-cuda
 test-cuda: $(VENV)/.ready-dev $(if $(NVCC),,cuda-toolkit) ## build the CUDA kernels and run all their tests; no GPU is needed
 	$(MAKE) --no-print-directory cuda
-	$(MAKE) --no-print-directory cuda-resources cuda-kernels cuda-driver
-	$(MAKE) --no-print-directory ext
-	$(PY) -m pytest tests/test_devices.py
+	$(MAKE) --no-print-directory sim-test sim-defects cuda-resources cuda-kernels cuda-driver
+	$(MAKE) --no-print-directory cuda-python
+	$(PY) -m pytest tests/test_devices.py tests/test_gpu_check.py $(wildcard tests/test_ptx_*.py)
 
 -include $(shell find $(BUILD)/cuda -name '*.d' 2>/dev/null)

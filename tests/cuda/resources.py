@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 HEAD = """\
-# What ptxas of CUDA 13.0 gives each kernel: registers of a thread by architecture; bytes of static
-# shared memory of a block, of the stack and of spills, the most of all architectures.
+# What ptxas of CUDA 13.0 gives each kernel of the image for drivers of CUDA 13: registers of a
+# thread by architecture; bytes of static shared memory of a block, of the stack and of spills, the
+# most of all architectures. The image for CUDA 12 may differ; it, too, has no spills.
 # Written by `make cuda-resources-write`; `make cuda-resources` compares it with the build.
 """
 _FUNCTION = re.compile(

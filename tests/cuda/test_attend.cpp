@@ -69,8 +69,8 @@ void check(const char *what, Attend attend, const attend_options &o, int n_split
     const int n_rows = o.n * o.group, n_out = n_rows * o.n_heads * o.d_head;
     std::vector<float> partial((size_t)n_splits * o.n_heads * n_rows * (c->cache.d + 2), NAN);
     std::vector<float> out(n_out, NAN);
-    kvq_cuda_attend_args args = {c->cache, c->q, partial.data(), n_splits};
-    kvq_cuda_merge_args merge = {c->cache, partial.data(), out.data(), n_splits};
+    kvq_cuda_attend_args args = {c->cache, c->q, partial.data(), n_splits, 0};
+    kvq_cuda_merge_args merge = {c->cache, partial.data(), out.data(), n_splits, 0};
     bool good =
         attend(args, n_rows) && launch("kvq_cuda_merge", dim3(n_rows, o.n_heads), 128, 0, &merge);
     double error = 0, size = 0;

@@ -23,6 +23,7 @@ typedef struct kvq_cuda_attend_args {
      * the largest score and the sum of weights, both relative to exp(largest score) */
     float *partial;
     int32_t n_splits;
+    int32_t reserved; /* no padding, whose bytes would be anything */
 } kvq_cuda_attend_args;
 
 typedef struct kvq_cuda_merge_args {
@@ -30,6 +31,7 @@ typedef struct kvq_cuda_merge_args {
     const float *partial;
     float *out; /* [n][n_heads * group][d_head] */
     int32_t n_splits;
+    int32_t reserved;
 } kvq_cuda_merge_args;
 
 /* The kernels of one token, kvq_cuda_decode_KIND_W, W 64 or 128 the widest head, by the kind of

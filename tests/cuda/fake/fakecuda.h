@@ -29,6 +29,10 @@ int fakecuda_violations(void);
 /* Calls of a function of the driver so far, also those that failed. */
 int fakecuda_calls(const char *function);
 
+/* Reads the environment again and counts calls from 0 again, so that a process can try one fault or
+ * one amount of memory after the other. The number of devices stays. */
+void fakecuda_reread(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -28,9 +28,11 @@ bool is_mapped(uintptr_t address) {
 }
 
 /* What looks like a pointer of the host among the arguments of a kernel would work here, and on a
- * device not. Addresses below 4 GiB are left alone: they are numbers more often. */
+ * device not. Addresses below 4 GiB are left alone: they are numbers more often. So are those whose
+ * lower half is small: an int, and what happens to lie in the gap that follows it in a struct. */
 bool is_foreign(uintptr_t word) {
     if (word < uintptr_t{1} << 32 || word >= uintptr_t{1} << 47) return false;
+    if (static_cast<uint32_t>(word) < 1 << 16) return false;
     if (state().memory.holds(word, 0, Kind::DEVICE, state().current())) return false;
     if (state().memory.holds(word, 0, Kind::PINNED, nullptr)) return false;
     return is_mapped(word);

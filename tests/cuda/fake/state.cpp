@@ -28,6 +28,8 @@ void State::read_environment() {
     settings.version = atoi(environment("FAKECUDA_VERSION", "13000"));
     settings.capability = atoi(environment("FAKECUDA_CAPABILITY", "87"));
     settings.bytes = strtoull(environment("FAKECUDA_MEMORY", "4294967296"), nullptr, 10);
+    settings.failing.clear();
+    settings.failing_with = CUDA_ERROR_UNKNOWN;
     const std::string fail = environment("FAKECUDA_FAIL", "");
     const size_t first = fail.find(':');
     if (first == std::string::npos) return;
@@ -63,6 +65,12 @@ CUresult State::count_call(const char *name) {
 int State::calls(const char *function) {
     const std::lock_guard<std::mutex> guard(lock_);
     return n_calls_[function];
+}
+
+void State::reread() {
+    const std::lock_guard<std::mutex> guard(lock_);
+    read_environment();
+    n_calls_.clear();
 }
 
 bool State::is_release(const std::string &name) {
@@ -144,3 +152,4 @@ int most_shared(int capability) {
 EXPORTED int fakecuda_leaks() { return fakecuda::state().leaks(); }
 EXPORTED int fakecuda_violations() { return fakecuda::state().violations(); }
 EXPORTED int fakecuda_calls(const char *function) { return fakecuda::state().calls(function); }
+EXPORTED void fakecuda_reread() { fakecuda::state().reread(); }

@@ -86,6 +86,7 @@ class State {
     int leaks() const;
     int violations() const { return n_violations_; }
     int calls(const char *function);
+    void reread();
 
     Settings settings;
     Memory memory;
