@@ -52,7 +52,7 @@ struct kvq_model {
 #define KVQ_MODEL_TENSOR(MEMBER, NAME, COLS, ROWS, NEED) kvq_tensor MEMBER;
 #include "tensors.def"
 #undef KVQ_MODEL_TENSOR
-    kvq_layer *layers; /* [n_layers] */
+    kvq_layer *layers;                  /* [n_layers] */
     struct kvq_cuda_weights **uploaded; /* head of a list (cuda/cuda_weights.h) */
 };
 
