@@ -67,8 +67,8 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def save(name: str, record: Json, folder: Path = RESULTS) -> Path:
-    """Writes bench/results/NAME.json; returns its path."""
-    path = folder / f"{name}.json"
+def save(name: str, record: Json, folder: Path | None = None) -> Path:
+    """Writes NAME.json into a folder, bench/results if none is given; returns its path."""
+    path = (folder or RESULTS) / f"{name}.json"
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path

@@ -9,6 +9,7 @@ enum {
     ANY_GPU = -2, /* "auto" */
     NO_GPU = -1,  /* "cpu" */
     MOST_GPUS = 64,
+    MOST_LAYERS = 65536,
     ASSUMED_PROCESSORS = 128 /* of a GPU that is only planned for */
 };
 
@@ -152,9 +153,10 @@ kvq_status kvq_session_place(kvq_session *s, const kvq_session_options *o, bool 
     kvq_device_info gpu;
     kvq_status status = parse_device(o->device, &index);
     if (status != KVQ_OK) return status;
-    if (n < -1) {
+    if (n < -1 || n > MOST_LAYERS) {
         return kvq_fail(KVQ_ERR_ARGUMENT,
-                        "n_gpu_layers is %d, expected -1 (all) or a number of layers.", n);
+                        "n_gpu_layers is %d, expected 0 to %d, or -1 for all layers.", n,
+                        MOST_LAYERS);
     }
     const bool as_many_as_fit = index == ANY_GPU && n == -1;
     if (n == -1 || n > all) n = all;

@@ -49,7 +49,7 @@ def test_statements_have_the_slots_of_what_they_become() -> None:
     cvt.f32.f16 %f1, %h1; ld.global.u32 %r1, [%d1];
     """
     statements = parse(entry(body, 1)).kernels["k"].statements[1:-1]
-    assert [cuda_cost.slots(statement) for statement in statements] == [0, 1, 2, 2, 3, 1, 20, 1, 1]
+    assert [cuda_cost.slots(statement) for statement in statements] == [0, 1, 2, 2, 4, 1, 20, 1, 1]
     assert cuda_cost.kind_of(statements[-2]) == "half to float"
 
 

@@ -12,7 +12,7 @@
 #include "cuda/kernels/decode_order.cuh"
 #include "cuda/kernels/decode_parts.cuh"
 #include "cuda/kernels/unpack.cuh"
-#include "kv/kv_wave.h"
+#include "kv/kv_ids.h"
 
 enum {
     MIXED_RUNS = KVQ_RUNS + 1,
