@@ -1,7 +1,7 @@
 /* device.h: what a pass runs on, as forward.c sees it: the steps of a layer, on buffers that each
  * device keeps where it likes.
  *
- * A step may return before it is done; `finish` waits, and is the only one that can fail. Buffers
+ * A step may return before it is done; `finish` waits, and says what failed. Buffers
  * that products read (NORMED, HEADS, GATE) are left ready for them by the step that writes them.
  * Implemented by device_cpu.c and cuda/cuda_device.c; called by forward.c.
  */

@@ -305,7 +305,8 @@ void kvq_session_cancel(kvq_session *session);
 void kvq_session_describe(const kvq_session *session, kvq_session_stats *out);
 
 /* The bytes of one sealed block, for tests and research: side 0 is keys, 1 values. Writing to them
- * changes what the next token reads. */
+ * changes what the next token reads. Of a layer on a GPU they are a copy, valid until the next call
+ * for the session, which takes what was written. */
 kvq_status kvq_session_block(kvq_session *session, int32_t layer, int32_t kv_head, int32_t side,
                              int32_t block, uint8_t **data, uint64_t *bytes);
 

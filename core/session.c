@@ -179,7 +179,7 @@ static kvq_status read_options(kvq_session *s, const kvq_session_options *o) {
     status =
         choose("n_ctx", o->n_ctx, 0, smaller((int)c->n_ctx_train, 4096), 1, MOST_TOKENS, &n_ctx);
     if (status != KVQ_OK) return status;
-    status = choose("n_batch", o->n_batch, 0, 512, 1, 65536, &s->most_batch);
+    status = choose("n_batch", o->n_batch, 0, 512, 1, 65535, &s->most_batch);
     if (status != KVQ_OK) return status;
     set_context(s, n_ctx);
     const int processors = smaller(kvq_cpu_count(), MOST_THREADS);

@@ -106,14 +106,12 @@ static kvq_status place(kvq_session *s, int gpu, int n) {
 
 /* The most layers, head included, whose bytes fit; leaves them placed. */
 static kvq_status place_what_fits(kvq_session *s, int gpu, uint64_t memory, int most) {
-    int fits = 0;
-    for (int too_many = most + 1; too_many - fits > 1;) {
-        const int n = fits + (too_many - fits) / 2;
+    /* One by one: where another session has the weights of many layers there, few may take more. */
+    for (int n = most; n > 0; n--) {
         const kvq_status status = place(s, gpu, n);
-        if (status != KVQ_OK) return status;
-        *(more_gpu_bytes(s) <= memory ? &fits : &too_many) = n;
+        if (status != KVQ_OK || more_gpu_bytes(s) <= memory) return status;
     }
-    return place(s, gpu, fits);
+    return place(s, NO_GPU, 0);
 }
 
 static kvq_status check_gpu_memory(kvq_session *s, const kvq_device_info *gpu) {
@@ -179,7 +177,8 @@ kvq_status kvq_session_place(kvq_session *s, const kvq_session_options *o, bool 
     }
     s->gpu_processors = gpu.n_multiprocessors;
     if (as_many_as_fit) {
-        status = place_what_fits(s, index, gpu.bytes_free, n);
+        /* a sixteenth stays free, as on the host: for code of kernels, and others' needs */
+        status = place_what_fits(s, index, gpu.bytes_free - gpu.bytes_free / 16, n);
         return status == KVQ_ERR_UNSUPPORTED ? place(s, NO_GPU, 0) : status;
     }
     status = place(s, index, n);

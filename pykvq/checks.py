@@ -8,7 +8,7 @@ from collections.abc import Mapping
 #: The least and the most that the core takes for the numbers of a session.
 SESSION_RANGES: Mapping[str, tuple[int, int]] = {
     "n_ctx": (1, 2**28),
-    "n_batch": (1, 65536),
+    "n_batch": (1, 65535),
     "n_threads": (1, 1024),
     "kv_sinks": (0, 4096),
     "kv_window": (0, 2**28),

@@ -193,7 +193,8 @@ static void lay_out(kvq_cuda *cuda, kvq_arena *arena, kvq_cuda_bytes *bytes,
     before = arena->used;
     for (size_t l = 0; l < layers; l++) {
         kvq_cuda_cache cache = {.step = cuda->step,
-                                .tracks = cuda->tracks + l * KVQ_SIDES * kv_heads,
+                                .tracks =
+                                    cuda->tracks ? cuda->tracks + l * KVQ_SIDES * kv_heads : NULL,
                                 .chunks = cuda->chunks,
                                 .new_rows = {new_rows[0], new_rows[1]},
                                 .turns_within = within,
@@ -307,10 +308,10 @@ static void begin(kvq_device *device, const kvq_span *span, const float *x) {
         cuda->mode = KVQ_CUDA_REPLAYS;
         kvq_cuda_did(cuda, cuda->api->cuGraphLaunch(*graph_of(cuda, span), cuda->stream),
                      "cuGraphLaunch");
-    } else if (kvq_cuda_did(cuda,
-                            cuda->api->cuStreamBeginCapture(cuda->stream,
-                                                            CU_STREAM_CAPTURE_MODE_THREAD_LOCAL),
-                            "cuStreamBeginCapture")) {
+    } else if (kvq_cuda_did(
+                   cuda,
+                   cuda->api->cuStreamBeginCapture(cuda->stream, CU_STREAM_CAPTURE_MODE_RELAXED),
+                   "cuStreamBeginCapture")) {
         cuda->mode = KVQ_CUDA_RECORDS;
     }
 }

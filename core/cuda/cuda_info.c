@@ -41,14 +41,14 @@ static kvq_status read_attributes(kvq_device_info *out, const kvq_cuda_api *api,
 /* What only a context can say, which is current: free memory, and whether kernels can be loaded. */
 static kvq_status try_context(kvq_device_info *out, const kvq_cuda_api *api, const char *device) {
     size_t bytes_free = 0, bytes_total = 0;
-    kvq_status status = kvq_cuda_check(api, api->cuMemGetInfo(&bytes_free, &bytes_total),
-                                       "cuMemGetInfo on %s", device);
-    if (status != KVQ_OK) return status;
-    out->bytes_free = bytes_free;
     kvq_cuda_kernels kernels = {0};
-    status = kvq_cuda_kernels_open(&kernels, api, device);
+    kvq_status status = kvq_cuda_kernels_open(&kernels, api, device);
     out->kernels = kernels.toolkit;
+    /* what is left beside the kernels' own code */
+    const CUresult result = api->cuMemGetInfo(&bytes_free, &bytes_total);
     kvq_cuda_kernels_close(&kernels, api);
+    if (status == KVQ_OK) status = kvq_cuda_check(api, result, "cuMemGetInfo on %s", device);
+    out->bytes_free = bytes_free;
     return status;
 }
 

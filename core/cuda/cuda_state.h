@@ -48,7 +48,7 @@ typedef struct kvq_cuda {
     uint64_t chunk_bytes, fixed_bytes;
     CUdeviceptr *chunk_list; /* on the host: [max_chunks] */
 
-    uint8_t *staging; /* pinned: the step, cos_sin and X of a pass; logits; a block */
+    uint8_t *staging; /* pinned: the step, cos_sin and X of a pass; recent rows of a head */
     size_t staging_bytes;
 
     kvq_span span;

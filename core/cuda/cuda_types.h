@@ -43,7 +43,7 @@ typedef enum CUfunction_attribute {
 } CUfunction_attribute;
 
 typedef enum CUstreamCaptureMode {
-    CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
+    CU_STREAM_CAPTURE_MODE_RELAXED = 2,
 } CUstreamCaptureMode;
 
 enum {

@@ -65,9 +65,15 @@ typedef struct upload {
     kvq_status status;
 } upload;
 
-static void report(const upload *u, uint64_t bytes) {
-    if (u->progress)
+/* Whether the upload goes on. The caller's code may open and close sessions, so nothing is locked
+ * meanwhile: the weights are not in the list yet. */
+static bool report(const upload *u, uint64_t bytes) {
+    if (!u->progress) return true;
+    pthread_mutex_unlock(&lock);
+    const int32_t stop =
         u->progress(u->user, (int32_t)(bytes >> 20), (int32_t)(u->weights->bytes >> 20));
+    pthread_mutex_lock(&lock);
+    return !stop;
 }
 
 static void copy_tensor(void *context, const kvq_tensor *from, kvq_tensor *to) {
@@ -79,7 +85,9 @@ static void copy_tensor(void *context, const kvq_tensor *from, kvq_tensor *to) {
         u->status = kvq_cuda_check(
             u->api, kvq_cuda_copy_up(u->api, address + at, from->data + at, n, u->stream),
             "cuMemcpyHtoDAsync and cuStreamSynchronize of %zu bytes of weights", n);
-        report(u, u->done + at + n);
+        if (u->status == KVQ_OK && !report(u, u->done + at + n)) {
+            u->status = kvq_fail(KVQ_CANCELLED, "The upload of the weights was cancelled.");
+        }
     }
     *to = *from;
     to->data = (const uint8_t *)(uintptr_t)address;

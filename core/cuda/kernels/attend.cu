@@ -1,4 +1,4 @@
-/* attend.cu: attention of many queries: prompts, and codecs that attend_one.cu has no path for.
+/* attend.cu: attention of many queries: prompts, and codecs that decode.cu has no path for.
  *
  * A block of threads takes 16 rows of queries per warp (attend_args.h) and goes through the units
  * of its split, 32 tokens at a time: keys are unpacked into shared memory as halves, all warps

@@ -158,7 +158,7 @@ static __device__ __forceinline__ uint32_t look_up(const uint32_t levels[4], uin
     const uint32_t entry = (numbers & 0x77777777u) >> 16 * half;
     const uint32_t below = __byte_perm(levels[0], levels[1], entry);
     const uint32_t above = __byte_perm(levels[2], levels[3], entry);
-    const uint32_t choice = __byte_perm(numbers << 4, numbers, half ? 0xfbea : 0xd9c8);
+    const uint32_t choice = kvq_spread_signs(numbers << 4, numbers, half ? 0xfbea : 0xd9c8);
     return (below & ~choice) | (above & choice);
 }
 

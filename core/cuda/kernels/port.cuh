@@ -33,6 +33,21 @@
 
 #endif
 
+/* Bytes of y:x of which only the sign is taken, eight times over: byte i is 0xff or 0 by the
+ * highest bit of byte s_i, s_i being the i-th four bits of the selector without its highest, which
+ * must be set. It is what prmt does with such selectors; __byte_perm masks that bit off. */
+static __device__ __forceinline__ uint32_t kvq_spread_signs(uint32_t x, uint32_t y,
+                                                            uint32_t selector) {
+#if defined(KVQ_SIM)
+    const uint32_t bytes = __byte_perm(x, y, selector);
+    return (bytes >> 7 & 0x01010101u) * 255u;
+#else
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(selector));
+    return out;
+#endif
+}
+
 /* ---- asynchronous copies ------------------------------------------------------------------------
  *
  * 16 bytes from global to shared memory, both on multiples of 16. Copies since the last commit are

@@ -403,9 +403,8 @@ void integer_intrinsics_follow_their_definition() {
             memcpy(x, &a, 4), memcpy(y, &b, 4), memcpy(both, &a, 4), memcpy(both + 4, &b, 4);
             signed_dot += (int)(int8_t)x[k] * (int)(int8_t)y[k];
             unsigned_dot += (uint64_t)x[k] * y[k];
-            const unsigned code = s >> 4 * k & 15;
-            const unsigned byte = both[code % 8];
-            permuted |= (code < 8 ? byte : byte >= 128 ? 255 : 0) << 8 * k;
+            const unsigned code = s >> 4 * k & 15; // __byte_perm does not look at its bit 3
+            permuted |= (unsigned)both[code % 8] << 8 * k;
         }
         for (int k = 0; k < 32; k++) ones += (int)(a >> k & 1);
         while (leading < 32 && !(a >> (31 - leading) & 1)) leading++;

@@ -220,15 +220,13 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     return c;
 }
 
-/* Byte i of the result is byte s_i % 8 of y:x, or its sign where bit 3 of s_i is set. */
+/* Byte i of the result is byte s_i % 8 of y:x; bit 3 of s_i counts for nothing, as nvcc has it. */
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const uint64_t bytes = (uint64_t)y << 32 | x;
     unsigned result = 0;
     for (int i = 0; i < 4; i++) {
-        const unsigned s = selector >> 4 * i & 15;
-        unsigned byte = (unsigned)(bytes >> 8 * (s & 7)) & 255;
-        if (s & 8) byte = byte & 128 ? 255 : 0;
-        result |= byte << 8 * i;
+        const unsigned s = selector >> 4 * i & 7;
+        result |= ((unsigned)(bytes >> 8 * s) & 255) << 8 * i;
     }
     return result;
 }
