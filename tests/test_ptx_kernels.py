@@ -54,6 +54,24 @@ ATTENTION: list[dict[str, Any]] = [
 ]
 
 
+ONE_TOKEN: list[dict[str, Any]] = [
+    {"keys": "f16", "values": "f16", "d_head": 128},
+    {"keys": "u2", "values": "c8", "d_head": 128},
+    {"keys": "u2", "values": "t2"},
+    {"keys": "u1", "values": "t1"},
+    {"keys": "u4", "values": "t2", "d_head": 80},
+    {"keys": "mixed", "values": "t2", "d_head": 128, "n_waves": 3},
+]
+
+
+@needs("decode")
+@needs("merge")
+@pytest.mark.parametrize("case", ONE_TOKEN, ids=lambda case: f"{case['keys']}-{case['values']}")
+def test_attention_of_one_token_is_that_of_the_cpu(bench: Bench, case: dict[str, Any]) -> None:
+    found, wanted, _ = attend_case(bench, "decode", n_splits=3, **case)
+    assert np.abs(found - wanted).max() <= 1.5e-3 * np.abs(wanted).max()
+
+
 @needs("attend")
 @needs("merge")
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: f"{case['keys']}-{case['values']}")

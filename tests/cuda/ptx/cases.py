@@ -11,6 +11,8 @@ from .scalars import Array
 # Of kvq_cuda_attend_W (attend_args.h): warps of a block, channels of values that it sums.
 _WARPS = {64: 4, 128: 4, 256: 2}
 _SLICE = {64: 64, 128: 128, 256: 128}
+# Of kvq_cuda_decode_KIND_W: the kind by the codec of values.
+_KINDS = {"f16": "halves", "c8": "pairs", "t1": "trellis", "t2": "trellis"}
 
 
 def attend_case(
@@ -52,14 +54,14 @@ def attend_case(
     arguments = ffi.new("kvq_cuda_attend_args *", {**shared_fields, "q": case.q})
     widest = next(width for width in _WARPS if d <= width)
     per, width = 16 * _WARPS[widest], (d + 8) * 2
+    name = f"kvq_cuda_{file}_{widest}"
     if file == "decode":
+        name = f"kvq_cuda_decode_{_KINDS[values]}_{widest}"
         grid, threads, shared = (-(-rows // 8), heads, n_splits), 128, 0
     else:
         grid, threads = (-(-rows // per), heads, n_splits * -(-d // _SLICE[widest])), 2 * per
         shared = 2 * per * width + max(40 * width, 80 * _SLICE[widest]) + per * 64
-    counts = bench.launch(
-        file, f"kvq_cuda_{file}_{widest}", grid, threads, arguments[0], dynamic_shared=shared
-    )
+    counts = bench.launch(file, name, grid, threads, arguments[0], dynamic_shared=shared)
     merge = ffi.new("kvq_cuda_merge_args *", {**shared_fields, "out": out})
     bench.launch("merge", "kvq_cuda_merge", (rows, heads), 128, merge[0])
     found = bench.get(out, n_out, "f4")
