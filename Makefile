@@ -35,7 +35,7 @@ help: ## print this list
 run: ext ## set up what running needs, fetch the default model (98 MB), and let it write under --kv skvq
 	$(PY) -m pykvq run smollm2 --kv skvq --temp 0 -n 200 -p "Explain in one paragraph why the sky is blue."
 
-test: lint test-c sanitize fuzz pull test-py ## set everything up and run all tests
+test: lint test-c sanitize fuzz pull test-py test-cuda ## set everything up and run all tests
 
 setup: $(VENV)/.ready-dev ## make the virtual environment with all that is needed for work on pykvq
 
@@ -146,8 +146,11 @@ $(FUZZ_TARGETS:%=fuzz-libfuzzer-%): fuzz-libfuzzer-%: tests/fuzz/fuzz_%.c $(BUIL
 
 # ---- Python, style, benchmarks ------------------------------------------------------------------
 
+# Those that interpret PTX take minutes and need nvcc: `make cuda-ptx`, a part of test-cuda.
+CUDA_PTX_TESTS = $(sort $(wildcard tests/test_ptx_*.py))
+
 test-py: ext $(VENV)/.ready-dev ## run the tests of the package
-	$(PY) -m pytest
+	$(PY) -m pytest $(CUDA_PTX_TESTS:%=--ignore=%)
 
 lint: $(VENV)/.ready-dev ## check style and types
 	$(VENV)/bin/ruff check .

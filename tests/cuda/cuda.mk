@@ -183,15 +183,28 @@ $(VENV)/.ready-cuda-sass: $(VENV)/.ready
 cuda-sass: $(CUDA_13) $(CUDA_12) $(VENV)/.ready-cuda-sass ## check the machine code of the kernels: tensor cores used, no local memory
 	$(PY) tests/cuda/sass.py $(CUDA)/13 $(CUDA)/12 --tools $$(echo $(CUDA_BINARY_TOOLS))
 
+# ---- PTX ----------------------------------------------------------------------------------------
+
+.PHONY: cuda-ptx
+cuda-ptx: ext $(VENV)/.ready-dev ## test the PTX that nvcc makes of the kernels, on the interpreter
+	$(PY) -m pytest $(CUDA_PTX_TESTS) tests/test_gpu_check.py
+
 # ---- all of it ----------------------------------------------------------------------------------
 
-# nvcc is looked for when make starts, so the rest runs in a make of its own. The extension comes
-# after the images, to embed them.
+# nvcc is looked for when make starts, so the rest runs in a make of its own; and the extension comes
+# after the images, to embed them. JOBS of it run side by side.
+JOBS ?= $(shell nproc)
+
 .PHONY: test-cuda
+ifeq ($(shell uname -s),Linux)
 test-cuda: $(VENV)/.ready-dev $(if $(NVCC),,cuda-toolkit) ## build the CUDA kernels and run all their tests; no GPU is needed
-	$(MAKE) --no-print-directory cuda
-	$(MAKE) --no-print-directory sim-test sim-defects cuda-resources cuda-kernels cuda-driver
-	$(MAKE) --no-print-directory cuda-python
-	$(PY) -m pytest tests/test_devices.py tests/test_gpu_check.py $(wildcard tests/test_ptx_*.py)
+	$(MAKE) --no-print-directory -j$(JOBS) -Otarget $(CUDA_13)
+	$(MAKE) --no-print-directory ext
+	$(MAKE) --no-print-directory -j$(JOBS) -Otarget sim-test sim-defects cuda-resources \
+		cuda-kernels cuda-driver cuda-python cuda-ptx
+else
+test-cuda: ## build the CUDA kernels and run all their tests; no GPU is needed
+	@echo "test-cuda is skipped: nvcc and the simulator's tools are for Linux."
+endif
 
 -include $(shell find $(BUILD)/cuda -name '*.d' 2>/dev/null)

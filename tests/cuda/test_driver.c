@@ -329,7 +329,7 @@ static const char *graphs_replay(void) {
     uint32_t out[N] = {7};
     const char *const broke = setup(&b);
     if (broke) return broke;
-    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) ==
+    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
                CUDA_SUCCESS);
     TEST_CHECK(launch(&b, 5) == CUDA_SUCCESS && fetch(&b, out) == CUDA_SUCCESS);
     TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) == CUDA_SUCCESS);
@@ -353,7 +353,7 @@ static const char *captures_break(void) {
     CUdeviceptr more;
     const char *const broke = setup(&b);
     if (broke) return broke;
-    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) ==
+    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
                CUDA_SUCCESS);
     TEST_CHECK(b.api->cuMemAlloc(&more, 4) != CUDA_SUCCESS);
     TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) != CUDA_SUCCESS);

@@ -147,7 +147,7 @@ struct decode_task {
 };
 
 template <int D, class Values, int BITS>
-static __device__ __forceinline__ void decode_uniform(const decode_task &task) {
+static __device__ __forceinline__ void decode_uniform(const decode_task &task, all_warps<D> &all) {
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
     key_queries<BITS, (D * BITS + 127) / 128> q;
@@ -159,12 +159,12 @@ static __device__ __forceinline__ void decode_uniform(const decode_task &task) {
                                             task.keys.shape);
         Values::add(r, s, kvq_cuda_block(cache, task.values, b), cache.d);
     }
-    finish(r, task.a, task.first, task.n, Values::channel);
+    finish(r, all, task.a, task.first, task.n, Values::channel);
 }
 
 template <int D, class Values>
-static __device__ __forceinline__ void decode_mixed(const decode_task &task) {
-    __shared__ mixed_queries<D> q;
+static __device__ __forceinline__ void decode_mixed(const decode_task &task, all_warps<D> &all,
+                                                    mixed_queries<D> &q) {
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
     clear(r);
@@ -176,12 +176,17 @@ static __device__ __forceinline__ void decode_mixed(const decode_task &task) {
         if (task.keys.n_waves) add_waves(s, q.turned[threadIdx.x / 32], cache, task.keys, on, b);
         Values::add(r, s, kvq_cuda_block(cache, task.values, b), cache.d);
     }
-    finish(r, task.a, task.first, task.n, Values::channel);
+    finish(r, all, task.a, task.first, task.n, Values::channel);
 }
 
-/* Sealed blocks by the kind of their values; the codec of keys is chosen here. */
+/* Sealed blocks by the kind of their values; the codec of keys is chosen here. Shared memory is the
+ * kernel's: in templates the simulator would take it for global memory. */
 struct halves_blocks {
-    template <int D> static __device__ __forceinline__ void decode(const decode_task &task) {
+    template <int D> struct shared {
+        all_warps<D> all;
+    };
+    template <int D>
+    static __device__ __forceinline__ void decode(const decode_task &task, shared<D> &sh) {
         const kvq_cuda_cache &cache = task.a.cache;
         running<D> r;
         row_queries<D> q;
@@ -194,40 +199,49 @@ struct halves_blocks {
                 return reinterpret_cast<const uint16_t *>(side ? values : keys) + t * cache.d;
             });
         }
-        finish(r, task.a, task.first, task.n, row_channel);
+        finish(r, sh.all, task.a, task.first, task.n, row_channel);
     }
 };
 
 struct pairs_blocks {
-    template <int D> static __device__ __forceinline__ void decode(const decode_task &task) {
-        decode_uniform<D, c8_values, 2>(task);
+    template <int D> struct shared {
+        all_warps<D> all;
+    };
+    template <int D>
+    static __device__ __forceinline__ void decode(const decode_task &task, shared<D> &sh) {
+        decode_uniform<D, c8_values, 2>(task, sh.all);
     }
 };
 
 struct trellis_blocks {
+    template <int D> struct shared {
+        all_warps<D> all;
+        mixed_queries<D> q;
+    };
     template <int D, class Values>
-    static __device__ __forceinline__ void decode_keys(const decode_task &task) {
+    static __device__ __forceinline__ void decode_keys(const decode_task &task, shared<D> &sh) {
         if (task.keys.codec == KVQ_CODEC_mixed) {
-            decode_mixed<D, Values>(task);
+            decode_mixed<D, Values>(task, sh.all, sh.q);
         } else if (task.keys.codec == KVQ_CODEC_u1) {
-            decode_uniform<D, Values, 1>(task);
+            decode_uniform<D, Values, 1>(task, sh.all);
         } else if (task.keys.codec == KVQ_CODEC_u2) {
-            decode_uniform<D, Values, 2>(task);
+            decode_uniform<D, Values, 2>(task, sh.all);
         } else {
-            decode_uniform<D, Values, 4>(task);
+            decode_uniform<D, Values, 4>(task, sh.all);
         }
     }
-    template <int D> static __device__ __forceinline__ void decode(const decode_task &task) {
+    template <int D>
+    static __device__ __forceinline__ void decode(const decode_task &task, shared<D> &sh) {
         if (task.values.codec == KVQ_CODEC_t1) {
-            decode_keys<D, t_values<1>>(task);
+            decode_keys<D, t_values<1>>(task, sh);
         } else {
-            decode_keys<D, t_values<2>>(task);
+            decode_keys<D, t_values<2>>(task, sh);
         }
     }
 };
 
 template <int D>
-static __device__ __forceinline__ void decode_rows(const decode_task &task,
+static __device__ __forceinline__ void decode_rows(const decode_task &task, all_warps<D> &all,
                                                    const kvq_cuda_step &step) {
     const kvq_cuda_cache &cache = task.a.cache;
     const kvq_units units = kvq_count_units(cache, step);
@@ -242,11 +256,12 @@ static __device__ __forceinline__ void decode_rows(const decode_task &task,
             return kvq_row_of(cache, task.head, side, unit.first + t, step.held);
         });
     }
-    finish(r, task.a, task.first, task.n, row_channel);
+    finish(r, all, task.a, task.first, task.n, row_channel);
 }
 
 template <int D, class Blocks>
-static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a) {
+static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a,
+                                              typename Blocks::template shared<D> &sh) {
     const kvq_cuda_cache &cache = a.cache;
     const kvq_cuda_step step = *cache.step;
     const int head = blockIdx.y, first = blockIdx.x * 8, n = min(8, cache.group - first);
@@ -263,16 +278,17 @@ static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a) {
                               (int)((int64_t)step.sealed * split / n_splits),
                               (int)((int64_t)step.sealed * (split + 1) / n_splits)};
     if (split == n_splits) {
-        decode_rows<D>(task, step);
+        decode_rows<D>(task, sh.all, step);
     } else {
-        Blocks::template decode<D>(task);
+        Blocks::template decode<D>(task, sh);
     }
 }
 
 #define DECODE(KIND, D)                                                                            \
     extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_DECODE_WARPS, 2)                    \
         kvq_cuda_decode_##KIND##_##D(const kvq_cuda_attend_args a) {                               \
-        decode<D, KIND##_blocks>(a);                                                               \
+        __shared__ KIND##_blocks::shared<D> shared;                                                \
+        decode<D, KIND##_blocks>(a, shared);                                                       \
     }                                                                                              \
     KVQ_EXPORT_KERNEL(kvq_cuda_decode_##KIND##_##D)
 DECODE(halves, 64)

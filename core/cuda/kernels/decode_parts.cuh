@@ -53,24 +53,30 @@ static __device__ __forceinline__ void raise_largest(running<D> &r, float larges
     }
 }
 
+/* In shared memory: what the warps of a block bring together. */
+template <int D> struct all_warps {
+    float sums[KVQ_CUDA_DECODE_WARPS][8][D + 1];
+    float largest[KVQ_CUDA_DECODE_WARPS][8], weights[KVQ_CUDA_DECODE_WARPS][8];
+};
+
 /* The results of all warps as one partial result of the split. CHANNEL says which channel number e
  * of tile i of a lane is. */
 template <int D, class Channel>
-static __device__ __forceinline__ void finish(const running<D> &r, const kvq_cuda_attend_args &a,
-                                              int first, int n, Channel channel) {
+static __device__ __forceinline__ void finish(const running<D> &r, all_warps<D> &all,
+                                              const kvq_cuda_attend_args &a, int first, int n,
+                                              Channel channel) {
     enum { WARPS = KVQ_CUDA_DECODE_WARPS };
-    __shared__ float sums[WARPS][8][D + 1], largest[WARPS][8], weights[WARPS][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
     const int d = a.cache.d, n_rows = a.cache.group;
     const float sum = sum_of_row(r.sum);
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
 #pragma unroll
-        for (int e = 0; e < 2; e++) sums[warp][row][channel(i, e)] = r.o[i][e];
+        for (int e = 0; e < 2; e++) all.sums[warp][row][channel(i, e)] = r.o[i][e];
     }
     if (lane % 4 == 0) {
-        largest[warp][row] = r.largest;
-        weights[warp][row] = sum;
+        all.largest[warp][row] = r.largest;
+        all.weights[warp][row] = sum;
     }
     __syncthreads();
     float *const out =
@@ -80,13 +86,13 @@ static __device__ __forceinline__ void finish(const running<D> &r, const kvq_cud
         const int q = i / d, c = i % d;
         float most = -INFINITY, x = 0, w = 0;
 #pragma unroll
-        for (int k = 0; k < WARPS; k++) most = fmaxf(most, largest[k][q]);
+        for (int k = 0; k < WARPS; k++) most = fmaxf(most, all.largest[k][q]);
         const float safe = most == -INFINITY ? 0.0f : most; /* no block was this split's */
 #pragma unroll
         for (int k = 0; k < WARPS; k++) {
-            const float factor = exp2f(largest[k][q] - safe);
-            x += factor * sums[k][q][c];
-            w += factor * weights[k][q];
+            const float factor = exp2f(all.largest[k][q] - safe);
+            x += factor * all.sums[k][q][c];
+            w += factor * all.weights[k][q];
         }
         out[(size_t)q * (d + 2) + c] = x;
         if (c == 0) {
