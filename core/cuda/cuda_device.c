@@ -1,7 +1,7 @@
 /* cuda_device.c: the steps of a layer as launches of kernels; see cuda_device.h.
  *
  * A token alone is a graph: its launches are the same each time, since what changes with the
- * position lies in memory of the device. The first one is recorded, the next ones replay it.
+ * position lies in memory of the device. The second one is recorded, the next ones replay it.
  */
 #include "cuda/cuda_device.h"
 
@@ -15,8 +15,8 @@
 #include "cuda/kernels/prepare_args.h"
 
 enum {
-    SPLIT_BLOCKS = 2,        /* blocks of threads per multiprocessor that attention aims at */
-    MOST_SPLITS = 64,        /* of a KV head's context */
+    ATTEND_BLOCKS = 2,       /* blocks of threads per multiprocessor: of attend_W, */
+    DECODE_BLOCKS = 4,       /* and of decode_KIND_W, which hides no latency within a warp */
     LOGITS_BYTES = 64 << 20, /* room for logits: of one token at least */
     CHUNK_BYTES = 32 << 20,  /* of sealed blocks, about */
 };
@@ -113,9 +113,19 @@ static void place_tables(tables *t, kvq_cuda_track *track) {
 }
 
 /* Splits of the context for tiles of queries, so that there is work for all multiprocessors. */
-static int splits_for(const kvq_cuda *cuda, size_t tiles) {
-    const size_t wanted = (size_t)(SPLIT_BLOCKS * cuda->n_processors);
-    return smaller((int)((wanted + tiles - 1) / tiles), MOST_SPLITS);
+static int splits_for(const kvq_cuda *cuda, size_t tiles, int per_processor) {
+    const size_t wanted = (size_t)(per_processor * cuda->n_processors);
+    return smaller((int)((wanted + tiles - 1) / tiles), KVQ_CUDA_MOST_SPLITS);
+}
+
+/* Of decode_KIND_W: no more than give each warp a sealed block once the context is full, and one
+ * for all other rows. */
+static int decode_splits(const kvq_cuda *cuda, const kvq_ring *ring) {
+    const kvq_config *const c = config_of(cuda);
+    const size_t tiles = c->n_kv_heads * over(c->n_heads / c->n_kv_heads, 8);
+    const int useful = (int)over((size_t)ring->max_blocks, KVQ_CUDA_DECODE_WARPS);
+    const int splits = splits_for(cuda, tiles, DECODE_BLOCKS);
+    return larger(smaller(smaller(splits, useful), KVQ_CUDA_MOST_SPLITS - 1), 1) + 1;
 }
 
 /* Of the kernel of attention for a width. */
@@ -225,7 +235,7 @@ static void set_shape(kvq_cuda *cuda, const kvq_cuda_options *o, kvq_cuda_bytes 
     const int group = (int)(c->n_heads / c->n_kv_heads);
     const size_t logits = LOGITS_BYTES / (c->n_vocab * sizeof(float));
     cuda->n_logits = o->head ? larger(smaller((int)logits, o->n_batch), 1) : 0;
-    cuda->partial_rows = larger(o->n_batch, splits_for(cuda, c->n_kv_heads) + 1) * group;
+    cuda->partial_rows = larger(o->n_batch, decode_splits(cuda, ring)) * group;
     const uint64_t blocks = CHUNK_BYTES / block_of_all;
     cuda->chunk_blocks = larger(smaller((int)blocks, ring->max_blocks), 1);
     cuda->max_chunks = (ring->max_blocks + cuda->chunk_blocks - 1) / cuda->chunk_blocks;
@@ -282,8 +292,8 @@ static void stage(kvq_cuda *cuda, size_t *at, void *to, const void *from, size_t
     *at += kvq_round_up(bytes, KVQ_ALIGN);
 }
 
-static CUgraphExec *graph_of(kvq_cuda *cuda, const kvq_span *span) {
-    return &cuda->graphs[span->logits != NULL && cuda->has_head];
+static kvq_cuda_graph *graph_of(kvq_cuda *cuda) {
+    return &cuda->graphs[cuda->span.logits != NULL && cuda->has_head];
 }
 
 static void begin(kvq_device *device, const kvq_span *span, const float *x) {
@@ -303,10 +313,11 @@ static void begin(kvq_device *device, const kvq_span *span, const float *x) {
     stage(cuda, &at, cuda->step, &step, sizeof step);
     stage(cuda, &at, cuda->cos_sin, span->cos_sin, n * c->d_rope * sizeof(float));
     stage(cuda, &at, cuda->buffer[KVQ_BUFFER_X], x, n * c->d_model * sizeof(float));
-    if (span->n > 1 || span->is_watched) return;
-    if (*graph_of(cuda, span)) {
+    const kvq_cuda_graph *const graph = graph_of(cuda);
+    if (span->n > 1 || span->is_watched || !graph->has_run) return;
+    if (graph->recorded) {
         cuda->mode = KVQ_CUDA_REPLAYS;
-        kvq_cuda_did(cuda, cuda->api->cuGraphLaunch(*graph_of(cuda, span), cuda->stream),
+        kvq_cuda_did(cuda, cuda->api->cuGraphLaunch(graph->recorded, cuda->stream),
                      "cuGraphLaunch");
     } else if (kvq_cuda_did(
                    cuda,
@@ -455,7 +466,7 @@ static void attend_all(kvq_cuda *cuda, const kvq_cuda_cache *cache) {
         .cache = *cache,
         .q = cuda->queries,
         .partial = cuda->partial,
-        .n_splits = smaller(splits_for(cuda, blocks), cuda->partial_rows / rows),
+        .n_splits = smaller(splits_for(cuda, blocks, ATTEND_BLOCKS), cuda->partial_rows / rows),
     };
     kvq_cuda_launch(cuda, shape.kernel, tiles, (unsigned)cache->n_heads,
                     (unsigned)(args.n_splits * shape.slices), (unsigned)shape.threads, shape.shared,
@@ -477,19 +488,19 @@ static kvq_cuda_decode_kind decode_kind(const kvq_ring *ring) {
     return all;
 }
 
-static void attend_one(kvq_cuda *cuda, const kvq_cuda_cache *cache, kvq_cuda_decode_kind kind) {
+static void attend_one(kvq_cuda *cuda, const kvq_cuda_cache *cache, const kvq_ring *ring,
+                       kvq_cuda_decode_kind kind) {
     static const kvq_cuda_kernel_id kernels[][2] = {
         [KVQ_CUDA_DECODE_HALVES] = {KVQ_KERNEL_decode_halves_64, KVQ_KERNEL_decode_halves_128},
         [KVQ_CUDA_DECODE_PAIRS] = {KVQ_KERNEL_decode_pairs_64, KVQ_KERNEL_decode_pairs_128},
         [KVQ_CUDA_DECODE_TRELLIS] = {KVQ_KERNEL_decode_trellis_64, KVQ_KERNEL_decode_trellis_128},
     };
     const unsigned eights = over((size_t)cache->group, 8);
-    const int splits = splits_for(cuda, (size_t)cache->n_heads * eights);
     const kvq_cuda_attend_args args = {
         .cache = *cache,
         .q = cuda->queries,
         .partial = cuda->partial,
-        .n_splits = larger(splits, 1) + 1, /* the last one has the rows */
+        .n_splits = decode_splits(cuda, ring),
     };
     kvq_cuda_launch(cuda, kernels[kind][cache->d > 64], eights, (unsigned)cache->n_heads,
                     (unsigned)args.n_splits, 32 * KVQ_CUDA_DECODE_WARPS, 0, &args);
@@ -513,7 +524,7 @@ static void attend(kvq_device *device, int layer) {
     if (kind == KVQ_CUDA_DECODE_NONE) {
         attend_all(cuda, cache);
     } else {
-        attend_one(cuda, cache, kind);
+        attend_one(cuda, cache, &device->rings[layer], kind);
     }
     /* A graph is launched again when a block is due, so the kernel is in it always. */
     const kvq_cuda_seal_args seal = {.cache = *cache};
@@ -536,22 +547,26 @@ static void gate(kvq_device *device) {
                     (unsigned)cuda->span.n, 1, KVQ_ELEMENTWISE_THREADS, 0, &args);
 }
 
-static void read_buffer(kvq_device *device, kvq_buffer buffer, float *out, size_t n) {
+static bool read_buffer(kvq_device *device, kvq_buffer buffer, float *out, size_t n) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
-    if (cuda->status != KVQ_OK) return;
+    if (cuda->status != KVQ_OK) return false;
     kvq_cuda_did(cuda,
                  cuda->api->cuMemcpyDtoHAsync(out, kvq_cuda_address(cuda->buffer[buffer]),
                                               n * sizeof *out, cuda->stream),
                  "cuMemcpyDtoHAsync of %zu numbers", n);
-    kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
+    return kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
 }
 
-/* Ends the recording, and runs it. A pass that was stopped between layers is not kept. */
+/* Whether the pass was not stopped between layers. */
+static bool is_complete(const kvq_cuda *cuda) {
+    const kvq_ring *const last = &cuda->device.rings[config_of(cuda)->n_layers - 1];
+    return last->n == cuda->span.held + cuda->span.n &&
+           (!cuda->span.logits || !cuda->has_head || cuda->logits_rows);
+}
+
+/* Ends the recording, and runs it. What is not complete is not kept. */
 static void run_recorded(kvq_cuda *cuda) {
     const kvq_cuda_api *const api = cuda->api;
-    const int n_layers = (int)config_of(cuda)->n_layers;
-    const bool complete = cuda->device.rings[n_layers - 1].n == cuda->span.held + 1 &&
-                          (!cuda->span.logits || !cuda->has_head || cuda->logits_rows);
     CUgraph graph = NULL;
     CUgraphExec run = NULL;
     cuda->mode = KVQ_CUDA_RUNS;
@@ -560,8 +575,8 @@ static void run_recorded(kvq_cuda *cuda) {
         kvq_cuda_did(cuda, api->cuGraphLaunch(run, cuda->stream), "cuGraphLaunch");
     }
     if (graph) api->cuGraphDestroy(graph);
-    if (complete && cuda->status == KVQ_OK) {
-        *graph_of(cuda, &cuda->span) = run;
+    if (is_complete(cuda) && cuda->status == KVQ_OK) {
+        graph_of(cuda)->recorded = run;
     } else if (run) {
         kvq_cuda_did(cuda, api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
         api->cuGraphExecDestroy(run);
@@ -575,6 +590,7 @@ static kvq_status finish(kvq_device *device) {
     if (cuda->status == KVQ_OK) {
         kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
     }
+    if (cuda->span.n == 1 && is_complete(cuda)) graph_of(cuda)->has_run = true;
     cuda->mode = KVQ_CUDA_RUNS;
     kvq_cuda_leave(cuda);
     return cuda->status == KVQ_OK ? KVQ_OK : kvq_fail(cuda->status, "%s", cuda->error);
@@ -622,13 +638,13 @@ static kvq_status allocate(kvq_cuda *cuda, const kvq_cuda_options *o) {
     }
     const size_t recent = (size_t)o->rings[o->first_layer].recent_rows *
                           (size_t)o->rings[o->first_layer].d * sizeof(uint16_t);
-    cuda->staging_bytes = sizeof(kvq_cuda_step) + n * (c->d_rope + c->d_model) * sizeof(float) +
-                          3 * KVQ_ALIGN + recent;
+    cuda->staging_bytes =
+        sizeof(kvq_cuda_step) + n * (c->d_rope + c->d_model) * sizeof(float) + 3 * KVQ_ALIGN;
     cuda->caches = kvq_alloc(layers * sizeof *cuda->caches);
     cuda->chunk_list = kvq_alloc((size_t)(cuda->max_chunks + 1) * sizeof *cuda->chunk_list);
-    cuda->lent_room = kvq_alloc(largest_block);
+    cuda->room = kvq_alloc(largest_block > recent ? largest_block : recent);
     cuda->placed = kvq_alloc(layers * per_layer * sizeof *cuda->placed);
-    if (!cuda->caches || !cuda->chunk_list || !cuda->lent_room || !cuda->placed) {
+    if (!cuda->caches || !cuda->chunk_list || !cuda->room || !cuda->placed) {
         return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
     }
     void *staging = NULL;
@@ -699,7 +715,7 @@ void kvq_cuda_close(kvq_device *device) {
         kvq_cuda_enter(cuda);
         if (cuda->stream) api->cuStreamSynchronize(cuda->stream);
         for (int i = 0; i < KVQ_CUDA_GRAPHS; i++) {
-            if (cuda->graphs[i]) api->cuGraphExecDestroy(cuda->graphs[i]);
+            if (cuda->graphs[i].recorded) api->cuGraphExecDestroy(cuda->graphs[i].recorded);
         }
         for (int i = 0; i < cuda->n_chunks; i++) api->cuMemFree(cuda->chunk_list[i]);
         if (cuda->memory) api->cuMemFree(cuda->memory);
@@ -713,7 +729,7 @@ void kvq_cuda_close(kvq_device *device) {
     kvq_free(cuda->caches);
     kvq_free(cuda->placed);
     kvq_free(cuda->chunk_list);
-    kvq_free(cuda->lent_room);
+    kvq_free(cuda->room);
     kvq_free(cuda);
 }
 

@@ -212,6 +212,13 @@ void one_token() {
     }
 }
 
+void many_splits() {
+    attend_options o = options(KVQ_CODEC_u2, KVQ_CODEC_c8);
+    o.held = 700;
+    check("many splits", attend_tiles, o, KVQ_CUDA_MERGE_THREADS + 2, tolerance);
+    check("many splits of one token", decode, o, KVQ_CUDA_MOST_SPLITS, decode_tolerance);
+}
+
 void waves_of_one_token() {
     for (int n_waves : {1, 3, 5, 8}) {
         for (int d : {64, 128}) {
@@ -227,6 +234,7 @@ void waves_of_one_token() {
 
 void all() {
     one_token();
+    many_splits();
     waves_of_one_token();
     every_codec_at_every_width();
     edges_of_the_context();

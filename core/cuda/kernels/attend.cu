@@ -14,18 +14,14 @@
 #include "cuda/kernels/unpack.cuh"
 #include "cuda/kernels/waves.cuh"
 
-enum {
-    TOKENS = 32,           /* that are unpacked at a time */
-    KEY_ROWS = TOKENS + 8, /* one more tile, whose first row is the block's mean */
-    TOKENS_PAD = TOKENS + 8,
-};
+enum { TOKENS = KVQ_CUDA_ATTEND_TOKENS, PADDING = KVQ_CUDA_ATTEND_PADDING };
 
-/* What the threads of a block share; rows are padded so that neither loads of fragments nor stores
- * of what is unpacked meet in a bank. */
+/* What the threads of a block share. */
 typedef struct attend_memory {
-    __half *high, *low; /* [rows][d + 8] queries */
-    __half *tile;       /* keys [KEY_ROWS][d + 8], then values [slice][TOKENS_PAD] */
-    float *turned;      /* [rows][2 * KVQ_WAVES] */
+    __half *high, *low; /* [rows][d + PADDING] queries */
+    __half *tile;  /* keys [TOKENS][d + PADDING], then rows of which the first is the block's mean;
+                      then values [slice][TOKENS + PADDING] */
+    float *turned; /* [rows][2 * KVQ_WAVES] */
 } attend_memory;
 
 static __device__ __forceinline__ uint32_t two_halves(const __half *p) {
@@ -39,8 +35,8 @@ static __device__ __forceinline__ void load_queries(const attend_memory &m, cons
         const int row = i / d, c = i % d;
         const float x = row < n_rows ? q[(size_t)row * d + c] : 0.0f;
         const __half high = __float2half_rn(x);
-        m.high[row * (d + 8) + c] = high;
-        m.low[row * (d + 8) + c] = __float2half_rn(x - __half2float(high));
+        m.high[row * (d + PADDING) + c] = high;
+        m.low[row * (d + PADDING) + c] = __float2half_rn(x - __half2float(high));
     }
 }
 
@@ -75,14 +71,14 @@ static __device__ __forceinline__ void unpack_keys(const kvq_cuda_cache &cache,
     for (int i = threadIdx.x; i < TOKENS * d / 8; i += blockDim.x) {
         const int t = i % TOKENS, c = i / TOKENS * 8;
         const kvq_eight x = unpack_token(cache, from, t, c);
-        uint32_t *const to = reinterpret_cast<uint32_t *>(tile + t * (d + 8) + c);
+        uint32_t *const to = reinterpret_cast<uint32_t *>(tile + t * (d + PADDING) + c);
 #pragma unroll
         for (int j = 0; j < 4; j++) to[j] = kvq_pack_halves(x.x[2 * j], x.x[2 * j + 1]);
     }
     if (!mean) return;
-    for (int i = threadIdx.x; i < 8 * d; i += blockDim.x) {
+    for (int i = threadIdx.x; i < KVQ_CUDA_ATTEND_MEAN_ROWS * d; i += blockDim.x) {
         const int row = i / d, c = i % d;
-        tile[(TOKENS + row) * (d + 8) + c] = __float2half_rn(row ? 0.0f : (float)mean[c]);
+        tile[(TOKENS + row) * (d + PADDING) + c] = __float2half_rn(row ? 0.0f : (float)mean[c]);
     }
 }
 
@@ -94,14 +90,15 @@ static __device__ __forceinline__ void unpack_values(const kvq_cuda_cache &cache
         const int t = i % TOKENS, c = i / TOKENS * 8;
         const kvq_eight x = unpack_token(cache, from, t, first_channel + c);
 #pragma unroll
-        for (int j = 0; j < 8; j++) tile[(c + j) * TOKENS_PAD + t] = __float2half_rn(x.x[j]);
+        for (int j = 0; j < 8; j++)
+            tile[(c + j) * (TOKENS + PADDING) + t] = __float2half_rn(x.x[j]);
     }
 }
 
 /* The scores of a warp's 16 rows: s[i] of tokens 8 i .. 8 i + 7, and s[4] of the mean. */
 static __device__ __forceinline__ void multiply_keys(float s[5][4], const attend_memory &m,
                                                      int first_row, int d, bool has_mean) {
-    const int lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4 * 2, width = d + 8;
+    const int lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4 * 2, width = d + PADDING;
 #pragma unroll
     for (int i = 0; i < 5; i++) {
 #pragma unroll
@@ -179,7 +176,7 @@ static __device__ __forceinline__ void multiply_values(running<TILES> &r, const 
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             if (8 * i >= n_channels) break;
-            const __half *const row = tile + (8 * i + g) * TOKENS_PAD + 16 * k + pair;
+            const __half *const row = tile + (8 * i + g) * (TOKENS + PADDING) + 16 * k + pair;
             const uint32_t b[2] = {two_halves(row), two_halves(row + 8)};
             kvq_mma_f16(r.o[i], a, b);
         }
@@ -204,8 +201,8 @@ static __device__ __forceinline__ void attend(const kvq_cuda_attend_args &a) {
 
     attend_memory m;
     m.high = reinterpret_cast<__half *>(shared);
-    m.low = m.high + ROWS * (d + 8);
-    m.turned = reinterpret_cast<float *>(m.low + ROWS * (d + 8));
+    m.low = m.high + ROWS * (d + PADDING);
+    m.turned = reinterpret_cast<float *>(m.low + ROWS * (d + PADDING));
     m.tile = reinterpret_cast<__half *>(m.turned + ROWS * 2 * KVQ_WAVES);
     load_queries<16 * WARPS>(m, q, d, min(ROWS, n_rows - first_row));
     const kvq_projected on = kvq_project_waves(keys, q, min(ROWS, n_rows - first_row), d);

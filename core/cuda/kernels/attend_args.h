@@ -12,6 +12,7 @@
 
 #define KVQ_CUDA_D_MAX 256 /* the widest head that kernels take */
 
+#define KVQ_CUDA_MOST_SPLITS 256
 #define KVQ_CUDA_MERGE_THREADS 128
 #define KVQ_CUDA_DECODE_WARPS 4 /* of kvq_cuda_decode_KIND_W */
 
@@ -62,11 +63,19 @@ KVQ_BOTH kvq_cuda_decode_kind kvq_cuda_decode_kind_of(kvq_codec_id keys,
 #define KVQ_CUDA_ATTEND_WARPS(W) ((W) <= 128 ? 4 : 2)
 #define KVQ_CUDA_ATTEND_SLICE(W) ((W) <= 64 ? 64 : 128)
 
+/* Of its tile in shared memory. */
+#define KVQ_CUDA_ATTEND_TOKENS 32   /* at a time */
+#define KVQ_CUDA_ATTEND_PADDING 8   /* halves behind each row, which keep rows in different banks */
+#define KVQ_CUDA_ATTEND_MEAN_ROWS 8 /* behind those of keys: one more tile of a product */
+
 /* Bytes of dynamic shared memory that kvq_cuda_attend_W needs for heads of padded width d. */
 KVQ_BOTH uint32_t kvq_cuda_attend_shared(int W, int d) {
-    const uint32_t rows = 16 * KVQ_CUDA_ATTEND_WARPS(W), row = ((uint32_t)d + 8) * 2;
-    const uint32_t keys = 40 * row, values = 40 * 2 * (uint32_t)KVQ_CUDA_ATTEND_SLICE(W);
-    return 2 * rows * row + (keys > values ? keys : values) + rows * 2 * 8 * 4;
+    const uint32_t rows = 16 * KVQ_CUDA_ATTEND_WARPS(W);
+    const uint32_t row = ((uint32_t)d + KVQ_CUDA_ATTEND_PADDING) * 2;
+    const uint32_t keys = (KVQ_CUDA_ATTEND_TOKENS + KVQ_CUDA_ATTEND_MEAN_ROWS) * row;
+    const uint32_t values =
+        (KVQ_CUDA_ATTEND_TOKENS + KVQ_CUDA_ATTEND_PADDING) * 2 * KVQ_CUDA_ATTEND_SLICE(W);
+    return 2 * rows * row + (keys > values ? keys : values) + rows * 2 * KVQ_WAVES * 4;
 }
 
 #endif
