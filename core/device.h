@@ -79,8 +79,8 @@ typedef struct kvq_device_ops {
     void (*attend)(kvq_device *device, int layer);
     void (*gate)(kvq_device *device); /* GATE = silu(GATE) * UP */
     /* Waits until what was asked for before is done, and copies the first n numbers of a buffer to
-     * memory of the host. */
-    void (*read)(kvq_device *device, kvq_buffer buffer, float *out, size_t n);
+     * memory of the host. False: it could not, since a step has failed, which `finish` tells. */
+    bool (*read)(kvq_device *device, kvq_buffer buffer, float *out, size_t n);
     /* Waits until all is done, logits included, if there were any. */
     kvq_status (*finish)(kvq_device *device);
 

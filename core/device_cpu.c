@@ -240,9 +240,10 @@ static void gate(kvq_device *device) {
     for_tokens(cpu, cpu->span.n, gate_token, NULL);
 }
 
-static void read(kvq_device *device, kvq_buffer buffer, float *out, size_t n) {
+static bool read(kvq_device *device, kvq_buffer buffer, float *out, size_t n) {
     const float *const from = cpu_of(device)->buffer[buffer];
     if (out != from) memcpy(out, from, n * sizeof *out);
+    return true;
 }
 
 static kvq_status finish(kvq_device *device) {

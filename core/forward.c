@@ -2,14 +2,17 @@
  */
 #include "forward.h"
 
-/* Passes on what a GPU has in q, k and v; on the CPU they are at hand. */
+/* Passes on what a GPU has in q, k and v; on the CPU they are at hand. Of a pass that has failed
+ * nothing is shown. */
 static void observe(kvq_forward *f, kvq_device *device, int layer, const kvq_span *span) {
     const kvq_config *const c = &f->model->config;
     float *const *const to = f->cpu.buffer;
     const size_t n = (size_t)span->n, kv = n * c->n_kv_heads * c->d_head;
-    device->ops->read(device, KVQ_BUFFER_Q, to[KVQ_BUFFER_Q], n * c->n_heads * c->d_head);
-    device->ops->read(device, KVQ_BUFFER_K, to[KVQ_BUFFER_K], kv);
-    device->ops->read(device, KVQ_BUFFER_V, to[KVQ_BUFFER_V], kv);
+    const bool well =
+        device->ops->read(device, KVQ_BUFFER_Q, to[KVQ_BUFFER_Q], n * c->n_heads * c->d_head) &&
+        device->ops->read(device, KVQ_BUFFER_K, to[KVQ_BUFFER_K], kv) &&
+        device->ops->read(device, KVQ_BUFFER_V, to[KVQ_BUFFER_V], kv);
+    if (!well) return;
     f->observer(f->observer_user, layer, span->held, span->n, to[KVQ_BUFFER_Q], to[KVQ_BUFFER_K],
                 to[KVQ_BUFFER_V]);
 }

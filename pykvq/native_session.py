@@ -210,16 +210,20 @@ class _Options:
     ) -> None:
         self._name = ffi.new("char[]", scheme.encode())
         self._device = ffi.new("char[]", device.encode())
-        self._upload = ffi.NULL
-        self.error: BaseException | None = None  # of `upload`
-        if upload is not None:
+        self.errors: list[BaseException] = []
+        errors = self.errors  # so that the callback does not keep the options alive
 
-            @ffi.callback("kvq_progress", onerror=self._keep_error)
-            def uploaded(_: CData, done: int, total: int) -> int:
+        def keep(kind: type, error: BaseException, trace: object) -> None:
+            """An exception, a signal's too, cannot pass through C; `error` stops the upload."""
+            errors.append(error)
+
+        @ffi.callback("kvq_progress", error=1, onerror=keep)
+        def uploaded(_: CData, done: int, total: int) -> int:
+            if upload is not None:
                 upload(done, total)
-                return 0
+            return 0
 
-            self._upload = uploaded
+        self._upload = uploaded
         self.profile = profile
         self.raw = ffi.new(
             "kvq_session_options *",
@@ -242,10 +246,6 @@ class _Options:
                 "upload": self._upload,
             },
         )
-
-    def _keep_error(self, kind: type, error: BaseException, trace: object) -> None:
-        """An exception of a callback cannot pass through C."""
-        self.error = self.error or error
 
 
 def plan_session(model: ModelHandle, **numbers: Any) -> SessionStats:
@@ -287,14 +287,15 @@ class SessionHandle:
             ValueError: A number is out of range.
             UnsupportedError: The scheme has no form for this model.
             MemoryLimitError: The cache does not fit into the memory.
+            BaseException: What `upload` raised, or a signal while weights went up.
         """
         options = _Options(**numbers)
         out = ffi.new("kvq_session **")
         with model.lock:
-            check(lib.kvq_session_open(out, model.pointer, options.raw))
-        if options.error is not None:
-            lib.kvq_session_close(out[0])
-            raise options.error
+            status = lib.kvq_session_open(out, model.pointer, options.raw)
+        if options.errors:
+            raise options.errors[0]
+        check(status)
         self._pointer = out[0]
         self._pid = os.getpid()
         self._lock = threading.Lock()

@@ -173,7 +173,7 @@ def test_one_graph_serves_tokens_that_seal_blocks_and_tokens_that_do_not(
         gpu.set()
         found = run(cuda, prompt, steps)
         assert gpu.calls("cuGraphInstantiateWithFlags") == 1
-        assert gpu.calls("cuGraphLaunch") == len(steps)
+        assert gpu.calls("cuGraphLaunch") == len(steps) - 1  # the first one loads kernels
         assert cuda.stats.n_tokens_sealed == n_sealed == 192
     assert distance(found, expected) < 0.05
 

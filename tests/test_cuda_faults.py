@@ -40,12 +40,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 def use(session: Session) -> None:
-    """A prompt that seals a block, two tokens (a graph and its replay), and all about the cache."""
+    """A prompt that seals a block, three tokens (launches, their graph, its replay), and all about
+    the cache.
+    """
     session.eval(TOKENS[:70])
-    session.eval([1])
-    session.eval([2])
+    for token in (1, 2, 3):
+        session.eval([token])
     session.sealed_block(0, 0, "k", 0)[0] ^= 1
-    session.fill(72 + 64)
+    session.fill(73 + 64)
     session.truncate(100)
     session.eval([3], "none")
 
@@ -119,6 +121,20 @@ def test_memory_that_is_refused_when_a_session_opens_is_told(
     expected = r"cuMemAlloc of 0\.00 GB for .*: out of memory \(CUDA_ERROR_OUT_OF_MEMORY\)\."
     with pytest.raises(MemoryLimitError, match=expected):
         model.session(**OPTIONS)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_observer_is_not_shown_what_could_not_be_read(
+    gpu: StandIn, model: Model, call: int
+) -> None:
+    seen: list[int] = []
+    with model.session(**OPTIONS) as session:
+        session.observe(lambda layer, first, *_: seen.append(first))
+        session.eval(TOKENS[:3], "none")
+        gpu.set(FAIL=f"cuMemcpyDtoHAsync_v2:{call}")  # of queries, keys, values
+        with pytest.raises(DeviceError, match="cuMemcpyDtoHAsync"):
+            session.eval(TOKENS[3:5], "none")
+    assert seen == [0]
 
 
 def test_other_sessions_survive_one_that_failed(gpu: StandIn, model: Model) -> None:

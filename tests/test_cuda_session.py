@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -34,6 +35,27 @@ def model(path: Path) -> Iterator[Model]:
         yield opened
 
 
+@pytest.fixture
+def wide(tmp_path: Path) -> Iterator[Model]:
+    """A model 256 of whose blocks, under f16, are a chunk."""
+    shape = Shape(d_head=256, n_layers=2)
+    with Model(write_random(tmp_path / "wide.gguf", shape), kv="f16", n_threads=1) as opened:
+        yield opened
+
+
+def elsewhere(program: str, path: Path, **variables: str) -> list[str]:
+    """What a program prints of the model in `model`, in a process with further variables."""
+    opened = "import sys, pykvq\nmodel = pykvq.Model(sys.argv[1], kv='skvq', n_ctx=512)\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", opened + program, str(path)],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ran.stdout.splitlines()
+
+
 # ---- where layers go; these need no device -----------------------------------------------------
 
 
@@ -53,26 +75,16 @@ def test_a_number_of_layers_must_be_one(model: Model) -> None:
 
 def test_a_device_is_planned_for_where_there_is_none(path: Path) -> None:
     program = (
-        "import sys, pykvq\n"
-        "with pykvq.Model(sys.argv[1], kv='skvq', n_ctx=512) as model:\n"
-        "    for n in (None, 2):\n"
-        "        stats = model.plan(device='cuda:3', n_gpu_layers=n, memory=10**9).stats\n"
-        "        print(stats.gpu, stats.n_gpu_layers, stats.gpu_head, stats.bytes_gpu > 0)\n"
-        "    with model.session() as session:\n"
-        "        print(session.stats.gpu)\n"
-        "    try:\n"
-        "        model.session(device='cuda')\n"
-        "    except pykvq.DeviceError as error:\n"
-        "        print(error)\n"
+        "for n in (None, 2):\n"
+        "    stats = model.plan(device='cuda:3', n_gpu_layers=n, memory=10**9).stats\n"
+        "    print(stats.gpu, stats.n_gpu_layers, stats.gpu_head, stats.bytes_gpu > 0)\n"
+        "print(model.session().stats.gpu)\n"
+        "try:\n"
+        "    model.session(device='cuda')\n"
+        "except pykvq.DeviceError as error:\n"
+        "    print(error)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        env={**os.environ, "KVQ_LIBCUDA": "/no/such/libcuda.so"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ran.stdout.splitlines() == [
+    assert elsewhere(program, path, KVQ_LIBCUDA="/no/such/libcuda.so") == [
         "3 4 True True",
         "3 2 False True",
         "None",
@@ -188,28 +200,72 @@ def test_what_does_not_fit_is_refused_with_advice_that_is_right(gpu: StandIn, mo
 
 
 def test_a_context_grows_as_far_as_memory_goes_and_the_session_goes_on(
-    gpu: StandIn, tmp_path: Path
+    gpu: StandIn, wide: Model
 ) -> None:
-    path = write_random(tmp_path / "wide.gguf", Shape(d_head=256, n_layers=1))
-    options: dict[str, Any] = {"kv": "f16", "n_ctx": 45_000, "device": "cuda"}
-    with Model(path, n_threads=1) as model:
-        with model.session(**options) as session:
-            session.eval(TOKENS[:130])
-            one_chunk = session.stats.bytes_gpu_now
-        gpu.set(MEMORY=one_chunk + 1000)
-        with model.session(memory_check=False, **options) as session:
-            session.eval(TOKENS[:130])
-            expected = "The context cannot grow beyond about 32768 tokens: cuMemAlloc of 0.03 GB"
-            with pytest.raises(MemoryLimitError, match=expected):
-                session.fill(130 + 64 * 600)
-            assert session.n_tokens == 130
-            after = session.eval([7])[0]
-            session.fill(131 + 64 * 400)
-            gpu.set()
-            session.fill(131 + 64 * 600)
-            session.truncate(128)
-            again = session.eval([*TOKENS[128:130], 7])[0]
-            assert np.allclose(again, after, atol=0.02)
+    options: dict[str, Any] = {"n_ctx": 22_500, "device": "cuda"}
+    with wide.session(**options) as session:
+        session.eval(TOKENS[:130])
+        one_chunk = session.stats.bytes_gpu_now
+    gpu.set(MEMORY=one_chunk + 1000)
+    with wide.session(memory_check=False, **options) as session:
+        session.eval(TOKENS[:130])
+        expected = "The context cannot grow beyond about 16384 tokens: cuMemAlloc of 0.03 GB"
+        with pytest.raises(MemoryLimitError, match=expected):
+            session.fill(130 + 64 * 300)
+        assert session.n_tokens == 130
+        after = session.eval([7])[0]
+        session.fill(131 + 64 * 200)
+        gpu.set()
+        session.fill(131 + 64 * 300)
+        session.truncate(128)
+        again = session.eval([*TOKENS[128:130], 7])[0]
+        assert np.allclose(again, after, atol=0.02)
+
+
+@pytest.mark.parametrize("n_sealed", [3, 4])
+def test_blocks_repeat_in_few_copies_across_chunks(
+    gpu: StandIn, wide: Model, n_sealed: int
+) -> None:
+    n, chunk, filled = 64 * n_sealed, 256, 650  # with 3 chunks would repeat from 768 blocks on
+    with wide.session(n_ctx=42_000, kv_sinks=0, kv_window=0, device="cuda") as session:
+        session.eval(TOKENS[:n], "none")
+        assert session.stats.n_tokens_sealed == n
+        gpu.set()
+        session.fill(64 * filled)
+        copies = gpu.calls("cuMemcpyDtoDAsync_v2")
+        assert copies <= 12 * 2 * 2  # of 2 layers, 2 sides
+
+        def block(layer: int, side: Literal["k", "v"], i: int) -> bytes:
+            return session.sealed_block(layer, 0, side, i).tobytes()
+
+        around = [i + at for i in range(-2, 3) for at in (8, chunk, 2 * chunk, filled - 3)]
+        sides: tuple[Literal["k", "v"], ...] = ("k", "v")
+        for layer, side in itertools.product((0, 1), sides):
+            first = [block(layer, side, i) for i in range(n_sealed)]
+            assert len(set(first)) == n_sealed
+            for i in around:
+                assert block(layer, side, i) == first[i % n_sealed], (layer, side, i)
+
+
+def test_an_exception_while_weights_go_up_stops_that_and_comes_out(
+    gpu: StandIn, model: Model
+) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    class Stop(BaseException):
+        pass
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        raise Stop
+
+    with pytest.raises(Stop):
+        model.session(device="cuda", progress=progress)
+    assert len(told) == 1  # of many tensors
+    assert told[0][0] == "weights to the GPU (MiB)"
+    with model.session(device="cuda", progress=lambda *now: told.append(now)) as session:
+        assert len(told) > 20
+        assert session.eval(TOKENS[:5]).shape == (1, 257)
 
 
 # ---- stopping ----------------------------------------------------------------------------------
@@ -261,21 +317,12 @@ def test_a_driver_that_is_too_old_for_the_kernels_is_told(path: Path) -> None:
     if not os.path.isfile(library):
         pytest.skip("KVQ_LIBCUDA names no stand-in for the CUDA driver: `make cuda-python` does")
     program = (
-        "import sys, pykvq\n"
-        "with pykvq.Model(sys.argv[1], n_ctx=512) as model:\n"
-        "    print(model.session().stats.gpu)\n"
-        "    try:\n"
-        "        model.session(device='cuda')\n"
-        "    except pykvq.DeviceError as error:\n"
-        "        print(error)\n"
+        "print(model.session().stats.gpu)\n"
+        "try:\n"
+        "    model.session(device='cuda')\n"
+        "except pykvq.DeviceError as error:\n"
+        "    print(error)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        env={**os.environ, "FAKECUDA_VERSION": "11040"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    nothing, why = ran.stdout.splitlines()
+    nothing, why = elsewhere(program, path, FAKECUDA_VERSION="11040")
     assert nothing == "None"
     assert why.startswith("The CUDA driver 11.4 is older than")

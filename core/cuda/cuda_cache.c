@@ -9,13 +9,15 @@ static const kvq_cuda_cache *cache_of(const kvq_cuda *cuda, int layer) {
     return &cuda->caches[layer - cuda->first_layer];
 }
 
+static const kvq_cuda_track *place_of(const kvq_cuda *cuda, int layer, int side, int head) {
+    const size_t of_layer = KVQ_SIDES * (size_t)cuda->device.model->config.n_kv_heads;
+    return &cuda->placed[(size_t)(layer - cuda->first_layer) * of_layer +
+                         of_layer / KVQ_SIDES * (size_t)side + (size_t)head];
+}
+
 /* Where a sealed block lies on the device. */
 static CUdeviceptr block_at(const kvq_cuda *cuda, int layer, int head, int side, int block) {
-    const kvq_config *const c = &cuda->device.model->config;
-    const size_t i =
-        ((size_t)(layer - cuda->first_layer) * KVQ_SIDES + (size_t)side) * c->n_kv_heads +
-        (size_t)head;
-    const kvq_cuda_track *const place = &cuda->placed[i];
+    const kvq_cuda_track *const place = place_of(cuda, layer, side, head);
     return cuda->chunk_list[block / cuda->chunk_blocks] +
            (uint64_t)cuda->chunk_blocks * place->bytes_before +
            (uint64_t)(block % cuda->chunk_blocks) * place->stride + place->lead;
@@ -64,12 +66,12 @@ static void unseal(kvq_cuda *cuda, int layer, int block) {
             const size_t slot = (size_t)(block * KVQ_BLOCK % ring->recent_rows) +
                                 (size_t)head * (size_t)ring->recent_rows;
             kvq_cuda_did(cuda,
-                         cuda->api->cuMemcpyDtoH(cuda->lent_room,
+                         cuda->api->cuMemcpyDtoH(cuda->room,
                                                  block_at(cuda, layer, head, side, block),
                                                  ring->track[side][head].block_bytes),
                          "cuMemcpyDtoH of a sealed block");
             if (cuda->status != KVQ_OK) return;
-            kvq_ring_decode(ring, head, side, block, cuda->lent_room, rows);
+            kvq_ring_decode(ring, head, side, block, cuda->room, rows);
             kvq_cuda_put(cuda, kvq_cuda_address(cache->recent[side] + slot * (size_t)ring->d), rows,
                          KVQ_BLOCK * row_bytes, "rows");
         }
@@ -114,31 +116,68 @@ static void move_recent(kvq_cuda *cuda, uint16_t *rows, const kvq_ring *ring, in
     const size_t moved = (size_t)n % slots * block;
     const CUdeviceptr at = kvq_cuda_address(rows);
     if (!moved || cuda->status != KVQ_OK) return;
-    kvq_cuda_did(cuda, cuda->api->cuMemcpyDtoH(cuda->staging, at, bytes), "cuMemcpyDtoH of rows");
+    kvq_cuda_did(cuda, cuda->api->cuMemcpyDtoH(cuda->room, at, bytes), "cuMemcpyDtoH of rows");
     if (cuda->status != KVQ_OK) return;
-    kvq_cuda_put(cuda, at + moved, cuda->staging, bytes - moved, "rows");
-    kvq_cuda_put(cuda, at, cuda->staging + bytes - moved, moved, "rows");
+    kvq_cuda_put(cuda, at + moved, cuda->room, bytes - moved, "rows");
+    kvq_cuda_put(cuda, at, cuda->room + bytes - moved, moved, "rows");
 }
+
+static int least(int a, int b) { return a < b ? a : b; }
+
+static void copy_within(kvq_cuda *cuda, CUdeviceptr to, CUdeviceptr from, uint64_t bytes) {
+    if (cuda->status != KVQ_OK) return;
+    kvq_cuda_did(cuda, cuda->api->cuMemcpyDtoDAsync(to, from, bytes, cuda->stream),
+                 "cuMemcpyDtoDAsync of sealed blocks");
+}
+
+/* Fills the blocks from `period` to `end` of one head and side with the first ones, again and
+ * again, in runs that grow with what is there and stay within chunks. */
+static void repeat_blocks(kvq_cuda *cuda, int layer, int head, int side, int period, int end) {
+    const int chunk = cuda->chunk_blocks;
+    const uint64_t stride = place_of(cuda, layer, side, head)->stride;
+    const uint64_t bytes = cuda->device.rings[layer].track[side][head].block_bytes;
+    for (int to = period, back = period, run; to < end; to += run) {
+        while (back <= to / 2) back *= 2;
+        const int from = to - back;
+        run = least(least(chunk - to % chunk, chunk - from % chunk), least(end - to, back));
+        copy_within(cuda, block_at(cuda, layer, head, side, to),
+                    block_at(cuda, layer, head, side, from), (uint64_t)(run - 1) * stride + bytes);
+    }
+}
+
+/* Fills the chunks from `period` to `end` with those before them, as far as they are the layer's,
+ * whose blocks of all heads and both sides lie one behind the other. */
+static void repeat_chunks(kvq_cuda *cuda, int layer, int period, int end) {
+    const kvq_cuda_track *const first = place_of(cuda, layer, 0, 0);
+    const kvq_cuda_track *const last =
+        place_of(cuda, layer, KVQ_SIDES - 1, cache_of(cuda, layer)->n_heads - 1);
+    const uint64_t blocks = (uint64_t)cuda->chunk_blocks, at = blocks * first->bytes_before;
+    const uint64_t bytes = blocks * (last->bytes_before + last->stride) - at;
+    for (int to = period; to < end; to++) {
+        copy_within(cuda, cuda->chunk_list[to] + at, cuda->chunk_list[to - period] + at, bytes);
+    }
+}
+
+static int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
 
 void kvq_cuda_cache_repeat(kvq_device *device, int layer, int n) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
     kvq_ring *const ring = &device->rings[layer];
     const kvq_cuda_cache *const cache = cache_of(cuda, layer);
+    const int period = ring->n_sealed, end = period + n, chunk = cuda->chunk_blocks;
+    /* After so many chunks the blocks begin with the first one again: from there on it is chunks
+     * that repeat. */
+    const int chunks = period / common_divisor(period, chunk);
+    const int end_of_runs = chunks > end / chunk ? end : chunks * chunk;
     const bool well = kvq_cuda_enter(cuda);
     for (int head = 0; head < ring->n_heads && well; head++) {
         for (int side = 0; side < KVQ_SIDES; side++) {
-            for (int b = 0; b < n && cuda->status == KVQ_OK; b++) {
-                kvq_cuda_did(cuda,
-                             cuda->api->cuMemcpyDtoDAsync(
-                                 block_at(cuda, layer, head, side, ring->n_sealed + b),
-                                 block_at(cuda, layer, head, side, b % ring->n_sealed),
-                                 ring->track[side][head].block_bytes, cuda->stream),
-                             "cuMemcpyDtoDAsync of a sealed block");
-            }
+            repeat_blocks(cuda, layer, head, side, period, end_of_runs);
             const size_t first = (size_t)head * (size_t)ring->recent_rows * (size_t)ring->d;
             move_recent(cuda, cache->recent[side] + first, ring, n);
         }
     }
+    if (well) repeat_chunks(cuda, layer, chunks, (end + chunk - 1) / chunk);
     wait(cuda);
     ring->n_sealed += n;
     ring->n += n * KVQ_BLOCK;
@@ -151,11 +190,10 @@ uint8_t *kvq_cuda_cache_lend(kvq_device *device, int layer, int head, int side, 
     cuda->lent_from = block_at(cuda, layer, head, side, block);
     cuda->lent_bytes = device->rings[layer].track[side][head].block_bytes;
     if (well &&
-        kvq_cuda_did(cuda,
-                     cuda->api->cuMemcpyDtoH(cuda->lent_room, cuda->lent_from, cuda->lent_bytes),
+        kvq_cuda_did(cuda, cuda->api->cuMemcpyDtoH(cuda->room, cuda->lent_from, cuda->lent_bytes),
                      "cuMemcpyDtoH of a sealed block")) {
-        cuda->lent = cuda->lent_room;
+        cuda->lent = cuda->room;
     }
     kvq_cuda_leave(cuda);
-    return cuda->lent_room;
+    return cuda->room;
 }

@@ -7,6 +7,13 @@
 #include "cuda/cuda_weights.h"
 #include "cuda/kernels/attend_args.h"
 
+/* The launches of a token. They are recorded when all of them have run once, one by one: the first
+ * launch of a kernel may load it, which is not to happen while a stream is captured. */
+typedef struct kvq_cuda_graph {
+    bool has_run;
+    CUgraphExec recorded; /* NULL: not yet */
+} kvq_cuda_graph;
+
 enum { KVQ_CUDA_GRAPHS = 2 }; /* of a token without and with logits */
 
 typedef enum kvq_cuda_mode {
@@ -46,19 +53,19 @@ typedef struct kvq_cuda {
 
     int chunk_blocks, max_chunks, n_chunks;
     uint64_t chunk_bytes, fixed_bytes;
-    CUdeviceptr *chunk_list; /* on the host: [max_chunks] */
+    CUdeviceptr *chunk_list; /* on the host: [max_chunks], and one more: there may be none */
 
-    uint8_t *staging; /* pinned: the step, cos_sin and X of a pass; recent rows of a head */
+    uint8_t *staging; /* pinned: the step, cos_sin and X of a pass */
     size_t staging_bytes;
 
     kvq_span span;
     kvq_cuda_mode mode;
     int logits_rows; /* that wait to be copied */
-    CUgraphExec graphs[KVQ_CUDA_GRAPHS];
+    kvq_cuda_graph graphs[KVQ_CUDA_GRAPHS];
 
+    uint8_t *room; /* on the host: for a block, or for the recent rows of a head */
     /* The block that was handed out last, whose bytes go back before anything else happens. */
-    uint8_t *lent; /* in host memory; NULL: none */
-    uint8_t *lent_room;
+    uint8_t *lent; /* in the room; NULL: none */
     CUdeviceptr lent_from;
     size_t lent_bytes;
 

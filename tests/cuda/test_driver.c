@@ -329,6 +329,7 @@ static const char *graphs_replay(void) {
     uint32_t out[N] = {7};
     const char *const broke = setup(&b);
     if (broke) return broke;
+    TEST_CHECK(launch(&b, 4) == CUDA_SUCCESS);
     TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
                CUDA_SUCCESS);
     TEST_CHECK(launch(&b, 5) == CUDA_SUCCESS && fetch(&b, out) == CUDA_SUCCESS);
@@ -347,17 +348,41 @@ static const char *graphs_replay(void) {
     return teardown(&b, 0);
 }
 
+/* What may wait for a capture ends it, unless that is relaxed; what does wait for it always. */
 static const char *captures_break(void) {
     bench b;
     CUgraph graph;
     CUdeviceptr more;
+    const CUstreamCaptureMode thread_local_mode = (CUstreamCaptureMode)1;
+    const char *const broke = setup(&b);
+    if (broke) return broke;
+    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, thread_local_mode) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuMemAlloc(&more, 4) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
+               CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuMemAlloc(&more, 4) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuMemFree(more) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuGraphDestroy(graph) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
+               CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamSynchronize(b.stream) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) != CUDA_SUCCESS);
+    return teardown(&b, 0);
+}
+
+static const char *first_launches_in_captures_are_found(void) {
+    bench b;
+    CUgraph graph;
     const char *const broke = setup(&b);
     if (broke) return broke;
     TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
                CUDA_SUCCESS);
-    TEST_CHECK(b.api->cuMemAlloc(&more, 4) != CUDA_SUCCESS);
-    TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) != CUDA_SUCCESS);
-    return teardown(&b, 0);
+    TEST_CHECK(launch(&b, 5) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuGraphDestroy(graph) == CUDA_SUCCESS);
+    return teardown(&b, 1);
 }
 
 static const char *events_measure(void) {
@@ -454,6 +479,7 @@ static const char *test_stand_in(void) {
         launches_run_when_waited_for,
         graphs_replay,
         captures_break,
+        first_launches_in_captures_are_found,
         events_measure,
         shared_memory_is_limited,
         writes_behind_the_end_are_found,

@@ -23,7 +23,8 @@ extern "C" {
 int fakecuda_leaks(void);
 
 /* Faults of the caller that a real driver would not have noticed, each printed when it was found:
- * memory written behind its end, host pointers given to a kernel, races that the simulator saw. */
+ * memory written behind its end, host pointers given to a kernel, kernels whose first launch is
+ * captured, races that the simulator saw. */
 int fakecuda_violations(void);
 
 /* Calls of a function of the driver so far, also those that failed. */

@@ -359,7 +359,7 @@ EXPORTED CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t by
 EXPORTED CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         if (flags & ~static_cast<unsigned>(CU_STREAM_NON_BLOCKING)) return CUDA_ERROR_INVALID_VALUE;
-        *stream = state().streams.add({state().current(), flags == 0, {}, false, false, {}});
+        *stream = state().streams.add({state().current(), flags == 0, {}, false, false, false, {}});
         return CUDA_SUCCESS;
     });
 }
@@ -367,7 +367,10 @@ EXPORTED CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
 EXPORTED CUresult cuStreamSynchronize(CUstream stream) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         if (!state().valid(stream)) return CUDA_ERROR_INVALID_HANDLE;
-        if (stream->capturing) return state().break_captures();
+        if (stream->capturing) {
+            stream->capture_broken = true;
+            return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+        }
         return stream->drain(state().memory);
     });
 }

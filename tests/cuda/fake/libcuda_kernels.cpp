@@ -84,7 +84,7 @@ EXPORTED CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, con
         if (!state().modules.has(module)) return CUDA_ERROR_INVALID_HANDLE;
         const cusim::Kernel *const kernel = cusim::find_kernel(std::string(name));
         if (!kernel) return CUDA_ERROR_NOT_FOUND;
-        const CUfunc_st made{kernel, name, cusim::default_shared_limit};
+        const CUfunc_st made{kernel, name, cusim::default_shared_limit, false};
         *function = &module->functions.emplace(name, made).first->second;
         return CUDA_SUCCESS;
     });
@@ -118,6 +118,12 @@ EXPORTED CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
             copies.emplace_back(begin, begin + sizes[i]);
             check_arguments(*function, copies.back());
         }
+        if (stream->capturing && !function->launched) {
+            state().violation("%s is captured before it was ever launched: a driver may have to "
+                              "load it then",
+                              function->name.c_str());
+        }
+        function->launched = true;
         const cusim::Kernel *const kernel = function->kernel;
         stream->push([=]() mutable -> CUresult {
             std::vector<void *> pointers;
@@ -134,11 +140,12 @@ EXPORTED CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
 
 // ---- graphs -------------------------------------------------------------------------------------
 
-EXPORTED CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode) {
+EXPORTED CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         if (!state().valid(stream)) return CUDA_ERROR_INVALID_HANDLE;
         if (stream->capturing) return CUDA_ERROR_ILLEGAL_STATE;
         stream->capturing = true;
+        stream->relaxed = mode == CU_STREAM_CAPTURE_MODE_RELAXED;
         stream->capture_broken = false;
         stream->captured.clear();
         return CUDA_SUCCESS;

@@ -101,14 +101,15 @@ bool State::valid(CUstream stream) {
 
 bool State::captures() const {
     for (const CUstream_st *const stream : streams.all()) {
-        if (stream->context == current() && stream->capturing) return true;
+        if (stream->context == current() && stream->capturing && !stream->relaxed) return true;
     }
     return false;
 }
 
 CUresult State::break_captures() {
     for (CUstream_st *const stream : streams.all()) {
-        if (stream->context == current() && stream->capturing) stream->capture_broken = true;
+        if (stream->context != current() || !stream->capturing) continue;
+        stream->capture_broken |= !stream->relaxed;
     }
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
 }

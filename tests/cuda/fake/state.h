@@ -18,6 +18,7 @@ struct CUfunc_st {
     const cusim::Kernel *kernel;
     std::string name;
     unsigned most_dynamic_shared;
+    bool launched;
 };
 
 struct CUmod_st {
@@ -77,8 +78,10 @@ class State {
      * for streams that do not block, so whoever mixes the two gets results by luck. */
     bool valid(CUstream stream);
 
-    bool captures() const;     // whether a stream of the current context does
-    CUresult break_captures(); // by a call that none allows
+    /* Captures of the current context that forbid calls which could wait for them: all but those of
+     * the relaxed mode. */
+    bool captures() const;
+    CUresult break_captures(); // by such a call
 
     /* Counts and prints a fault of the caller. */
     void violation(const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -34,7 +34,7 @@ struct CUstream_st {
     CUcontext context;
     bool blocking; // waits for the default stream, and that for it
     std::deque<fakecuda::Work> queue;
-    bool capturing = false, capture_broken = false;
+    bool capturing = false, relaxed = false, capture_broken = false;
     std::vector<fakecuda::Work> captured;
 
     void push(fakecuda::Work work);
