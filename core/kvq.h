@@ -369,7 +369,9 @@ typedef struct kvq_device_info {
     int32_t compute_capability; /* 10 * major + minor */
     int32_t driver_version;     /* newest CUDA that the driver knows: 1000 * major + 10 * minor */
     uint64_t bytes_total;
-    uint64_t bytes_free; /* once a context of this process is there; 0 if none can be had */
+    /* Once a context of this process is there; 0 if none can be had. Where the memory is that of
+     * the processor, kvq_memory_available(), if the device can have so much. */
+    uint64_t bytes_free;
     int32_t n_multiprocessors;
     int32_t clock_khz; /* of the multiprocessors */
     int32_t memory_clock_khz, memory_bus_bits;

@@ -418,6 +418,7 @@ kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
 void kvq_session_close(kvq_session *session) {
     if (!session) return;
     kvq_cuda_close(session->forward.gpu);
+    kvq_cuda_gpu_close(session->gpu);
     kvq_pool_close(session->pool);
     kvq_free(session->forward.rings);
     kvq_free(session->tracks);

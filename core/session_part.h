@@ -29,6 +29,7 @@ struct kvq_session {
     size_t kv_bytes, scratch_bytes;
     kvq_ring_bytes bytes;
     kvq_placement placement;
+    const kvq_cuda_gpu *gpu;  /* NULL: none is in use, or it is only planned for */
     kvq_cuda_bytes gpu_bytes; /* all zeros: nothing is on a GPU */
     int gpu_processors;       /* multiprocessors of the GPU, or what is assumed of it */
     atomic_int cancelled;

@@ -72,13 +72,18 @@ uint64_t kvq_session_gpu_bytes(const kvq_session *s) {
     return b->weights + b->rows + b->sealed + b->tables + b->scratch;
 }
 
-/* What it would take beyond what other sessions of the model have there. */
-static uint64_t more_gpu_bytes(const kvq_session *s) {
+/* Whether another session of the model has its weights there. */
+static bool has_shared_weights(const kvq_session *s) {
     const kvq_placement *const p = &s->placement;
-    const bool shared =
-        p->n_layers_gpu &&
-        kvq_cuda_weights_shared(s->model, p->gpu, s->forward.n_layers_cpu, p->head_on_gpu);
-    return kvq_session_gpu_bytes(s) - (shared ? s->gpu_bytes.weights : 0);
+    return p->n_layers_gpu &&
+           kvq_cuda_weights_shared(s->model, p->gpu, s->forward.n_layers_cpu, p->head_on_gpu);
+}
+
+/* What it would take of the memory that the GPU uses, beyond what is there: where that is the
+ * host's, the host's part too. */
+static uint64_t more_gpu_bytes(const kvq_session *s, const kvq_device_info *gpu) {
+    return kvq_session_gpu_bytes(s) - (has_shared_weights(s) ? s->gpu_bytes.weights : 0) +
+           (gpu->integrated ? kvq_session_host_bytes(s) : 0);
 }
 
 kvq_cuda_options kvq_session_cuda_options(const kvq_session *s) {
@@ -86,7 +91,7 @@ kvq_cuda_options kvq_session_cuda_options(const kvq_session *s) {
                               .rings = s->forward.rings,
                               .tracks = s->tracks,
                               .turns = s->turns.n_pairs ? &s->turns : NULL,
-                              .index = s->placement.gpu,
+                              .gpu = s->gpu,
                               .first_layer = s->forward.n_layers_cpu,
                               .head = s->placement.head_on_gpu,
                               .n_batch = s->n_batch};
@@ -105,44 +110,67 @@ static kvq_status place(kvq_session *s, int gpu, int n) {
 }
 
 /* The most layers, head included, whose bytes fit; leaves them placed. */
-static kvq_status place_what_fits(kvq_session *s, int gpu, uint64_t memory, int most) {
+static kvq_status place_what_fits(kvq_session *s, const kvq_device_info *gpu, uint64_t memory,
+                                  int most) {
     /* One by one: where another session has the weights of many layers there, few may take more. */
     for (int n = most; n > 0; n--) {
-        const kvq_status status = place(s, gpu, n);
-        if (status != KVQ_OK || more_gpu_bytes(s) <= memory) return status;
+        const kvq_status status = place(s, gpu->index, n);
+        if (status != KVQ_OK || more_gpu_bytes(s, gpu) <= memory) return status;
     }
     return place(s, NO_GPU, 0);
 }
 
 static kvq_status check_gpu_memory(kvq_session *s, const kvq_device_info *gpu) {
     const kvq_cuda_bytes b = s->gpu_bytes;
-    const uint64_t needed = more_gpu_bytes(s);
+    const uint64_t needed = more_gpu_bytes(s, gpu);
+    const double gigabyte = 1e9, on_host = (double)kvq_session_host_bytes(s) / gigabyte;
     const int asked = s->placement.n_layers_gpu + s->placement.head_on_gpu;
-    char advice[160] = "no smaller number of layers would fit";
+    char weights[40] = "shared with another session", host[80] = "";
+    char advice[160] = "no smaller number of layers would fit, but a smaller n_ctx may";
     if (needed <= gpu->bytes_free) return KVQ_OK;
-    if (place_what_fits(s, s->placement.gpu, gpu->bytes_free, asked - 1) == KVQ_OK &&
+    if (!has_shared_weights(s)) {
+        snprintf(weights, sizeof weights, "%.2f", (double)b.weights / gigabyte);
+    }
+    if (gpu->integrated) {
+        snprintf(host, sizeof host, ", for the CPU, whose memory it is, %.2f", on_host);
+    }
+    if (place_what_fits(s, gpu, gpu->bytes_free, asked - 1) == KVQ_OK &&
         s->placement.n_layers_gpu) {
         snprintf(advice, sizeof advice,
                  "%d of its layers would fit (n_gpu_layers), the rest runs on "
                  "the CPU; or choose a smaller n_ctx",
                  s->placement.n_layers_gpu + s->placement.head_on_gpu);
     }
-    return kvq_fail(
-        KVQ_ERR_MEMORY,
-        "A context of %d tokens under %s needs %.2f GB on CUDA device %d (weights %.2f, "
-        "KV cache %.2f, scratch %.2f), but only %.2f GB are free there; %s.",
-        s->n_ctx, s->scheme->name, (double)needed / 1e9, gpu->index, (double)b.weights / 1e9,
-        (double)(b.rows + b.sealed + b.tables) / 1e9, (double)b.scratch / 1e9,
-        (double)gpu->bytes_free / 1e9, advice);
+    return kvq_fail(KVQ_ERR_MEMORY,
+                    "A context of %d tokens under %s needs %.2f GB on CUDA device %d (weights %s, "
+                    "KV cache %.2f, scratch %.2f%s), but only %.2f GB are free there; %s.",
+                    s->n_ctx, s->scheme->name, (double)needed / gigabyte, gpu->index, weights,
+                    (double)(b.rows + b.sealed + b.tables) / gigabyte, (double)b.scratch / gigabyte,
+                    host, (double)gpu->bytes_free / gigabyte, advice);
 }
 
-/* The first device that can be used; false if there is none. */
-static bool find_gpu(kvq_device_info *out) {
+/* Takes the first device that can be used; false if there is none. */
+static bool find_gpu(kvq_session *s, kvq_device_info *out) {
     const int n = kvq_device_count();
     for (int i = 0; i < n; i++) {
-        if (kvq_device_describe(i, out) == KVQ_OK && out->usable) return true;
+        if (kvq_cuda_gpu_open(&s->gpu, out, i) == KVQ_OK && s->gpu) return true;
     }
     return false;
+}
+
+/* On a device that is in use. */
+static kvq_status place_on(kvq_session *s, const kvq_session_options *o, const kvq_device_info *gpu,
+                           int n, bool as_many_as_fit) {
+    s->gpu_processors = gpu->n_multiprocessors;
+    if (as_many_as_fit) {
+        /* a sixteenth stays free, for code of kernels, and others' needs; of the host's memory it
+         * is not among what is free */
+        const uint64_t spare = gpu->integrated ? 0 : gpu->bytes_free / 16;
+        const kvq_status status = place_what_fits(s, gpu, gpu->bytes_free - spare, n);
+        return status == KVQ_ERR_UNSUPPORTED ? place(s, NO_GPU, 0) : status;
+    }
+    const kvq_status status = place(s, gpu->index, n);
+    return status == KVQ_OK && !o->no_memory_check ? check_gpu_memory(s, gpu) : status;
 }
 
 kvq_status kvq_session_place(kvq_session *s, const kvq_session_options *o, bool is_plan) {
@@ -166,21 +194,18 @@ kvq_status kvq_session_place(kvq_session *s, const kvq_session_options *o, bool 
     }
     s->gpu_processors = ASSUMED_PROCESSORS;
     if (index == ANY_GPU) {
-        if (!find_gpu(&gpu)) return place(s, NO_GPU, 0);
-        index = gpu.index;
+        if (!find_gpu(s, &gpu)) return place(s, NO_GPU, 0);
     } else if (is_plan) {
         return place(s, index, n);
     } else {
-        status = kvq_device_describe(index, &gpu);
+        status = kvq_cuda_gpu_open(&s->gpu, &gpu, index);
         if (status != KVQ_OK) return status;
-        if (!gpu.usable) return kvq_fail(KVQ_ERR_DEVICE, "%s", gpu.why_not);
+        if (!s->gpu) return kvq_fail(KVQ_ERR_DEVICE, "%s", gpu.why_not);
     }
-    s->gpu_processors = gpu.n_multiprocessors;
-    if (as_many_as_fit) {
-        /* a sixteenth stays free, as on the host: for code of kernels, and others' needs */
-        status = place_what_fits(s, index, gpu.bytes_free - gpu.bytes_free / 16, n);
-        return status == KVQ_ERR_UNSUPPORTED ? place(s, NO_GPU, 0) : status;
+    status = place_on(s, o, &gpu, n, as_many_as_fit);
+    if (status == KVQ_OK && !s->placement.n_layers_gpu) {
+        kvq_cuda_gpu_close(s->gpu);
+        s->gpu = NULL;
     }
-    status = place(s, index, n);
-    return status == KVQ_OK && !o->no_memory_check ? check_gpu_memory(s, &gpu) : status;
+    return status;
 }

@@ -18,7 +18,8 @@ class Device:
         compute_capability: Such as "8.7".
         driver: The newest CUDA that the driver knows, such as "13.0".
         bytes_total: Its memory.
-        bytes_free: What nobody uses of it; 0 if that cannot be asked.
+        bytes_free: What nobody uses of it, or, if it is that of the CPU, what is available there;
+            0 if that cannot be asked.
         multiprocessors: How many it has.
         clock_hz: Their clock.
         memory_clock_hz: The clock of its memory.

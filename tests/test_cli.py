@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_tiny
+from conftest import DEVICE, write_tiny
 
 import pykvq
 from pykvq import Model, cli_generate, console
@@ -67,7 +67,7 @@ def test_run_writes_the_text_to_stdout_and_all_else_to_stderr(
     tiny: Model, tiny_path: Path, capsys: Capture
 ) -> None:
     args = ["run", str(tiny_path), "--raw", "-p", "the end", "-n", "20", "-s", "3", "-t", "2"]
-    assert main(args) == 0
+    assert main([*args, "--device", DEVICE]) == 0
     out, err = capsys.readouterr()
     with tiny.session() as session:
         expected = session.generate("the end", 20, seed=3).text
@@ -76,7 +76,10 @@ def test_run_writes_the_text_to_stdout_and_all_else_to_stderr(
     assert all(line.startswith("pykvq: ") for line in lines)
     assert len(lines) == 2
     assert "skvq" in lines[0]
-    assert tiny.session().stats.isa in lines[0]
+    with tiny.session() as session:
+        stats = session.stats
+    where = stats.isa if stats.gpu is None else "all 2 layers and the output on CUDA device 0"
+    assert where in lines[0]
     assert "continuing the text" in lines[0]
     assert re.search(
         r"prompt \d+ tokens, [\d.]+/s; written \d+ tokens, [\d.]+/s; KV cache [\d.]+ [kMG]B for"
@@ -204,7 +207,7 @@ def test_schemes_that_a_key_bias_breaks_are_warned_of(
     tiny_path: Path, tiny_qwen2: Model, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     biased = tiny_qwen2.info.path
-    text = ["-p", "the end of the hour " * 40]
+    text = ["-p", "the end"]
 
     def warnings(*args: str) -> list[str]:
         feed(monkeypatch, "Hi\n")
@@ -220,7 +223,17 @@ def test_schemes_that_a_key_bias_breaks_are_warned_of(
         for path, found in ((biased, expected * sensitive), (str(tiny_path), [])):
             assert warnings("run", path, "--raw", *text, "-n", "1", "--kv", kv) == found
             assert warnings("chat", path, "-n", "1", "--kv", kv) == found
-    ppl = ["perplexity", biased, *text, "-c", "220", "--chunks", "1", "--stream"]
+    ppl = [
+        "perplexity",
+        biased,
+        "-p",
+        "the end of the hour " * 40,
+        "-c",
+        "220",
+        "--chunks",
+        "1",
+        "--stream",
+    ]
     [first, second] = warnings(*ppl, "--kv", "nqkv,f16,nqkv-3,skvq,nqkv")
     assert "scheme nqkv does" in first
     assert "scheme nqkv-3 does" in second

@@ -22,6 +22,7 @@ from pykvq import Cancelled, MemoryLimitError, Model, UnsupportedError
 TOKENS = [int(i) for i in np.random.default_rng(5).integers(0, 256, 400)]
 SHAPE = Shape(n_layers=4, d_model=128, d_ff=256)
 ALL = 5  # its layers, and the output
+KERNELS = Path(__file__).parents[1] / "core" / "cuda" / "kernels"
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,68 @@ def test_weights_that_are_there_already_need_no_memory(gpu: StandIn, model: Mode
         with model.session(device="cuda") as second:
             assert second.stats.n_gpu_layers == 4
             assert second.eval(TOKENS[:200]).shape == (1, 257)
+
+
+def test_sessions_share_the_context_and_the_kernels(gpu: StandIn, path: Path) -> None:
+    n, n_modules = 4, len(list(KERNELS.glob("*.cu")))
+    together = threading.Barrier(n)
+    errors: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            with Model(path, kv="skvq", n_ctx=512, n_threads=1) as model:
+                together.wait(60)
+                with model.session(device="cuda") as session:
+                    session.eval(TOKENS[:20])
+                    together.wait(60)
+        except BaseException as error:
+            errors.append(error)
+
+    gpu.set()
+    threads = [threading.Thread(target=use) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert gpu.calls("cuDevicePrimaryCtxRetain") == gpu.calls("cuDevicePrimaryCtxRelease_v2") == 1
+    assert gpu.calls("cuModuleLoadData") == gpu.calls("cuModuleUnload") == n_modules
+
+
+def test_memory_that_is_the_hosts_has_room_for_both_parts(gpu: StandIn, model: Model) -> None:
+    planned = model.plan(device="cuda").stats
+    both = planned.bytes_gpu + planned.bytes_host
+    gpu.set(MEMORY=both, INTEGRATED=1)
+    assert gpu.device.integrated
+    with model.session(device="cuda") as session:
+        assert session.stats.bytes_gpu + session.stats.bytes_host == both
+    gpu.set(MEMORY=both - 1, INTEGRATED=1)
+    expected = r"for the CPU, whose memory it is, 0\.\d\d\), but only 0\.\d\d GB are free there"
+    with pytest.raises(MemoryLimitError, match=expected):
+        model.session(device="cuda")
+    gpu.set(MEMORY=both - 1)
+    model.session(device="cuda").close()
+
+
+def test_shared_weights_are_not_among_what_is_too_much(gpu: StandIn, model: Model) -> None:
+    with model.session(device="cuda") as first:
+        gpu.set(MEMORY=first.stats.bytes_gpu)
+        expected = r"needs 0\.\d\d GB on CUDA device 0 \(weights shared with another session, KV"
+        with pytest.raises(MemoryLimitError, match=expected):
+            model.session(device="cuda", n_ctx=200_000)
+
+
+def test_chunks_are_whole_pages_of_the_driver(gpu: StandIn, wide: Model) -> None:
+    planned = wide.plan(kv="skvq", n_ctx=1_000_000, device="cuda").stats
+    chunk = planned.bytes_gpu_chunk
+    assert chunk % (2 << 20) == 0
+    assert 16 << 20 <= chunk <= 34 << 20
+    assert planned.bytes_gpu_sealed % chunk == 0
+    with wide.session(kv="skvq", n_ctx=1_000_000, device="cuda") as session:
+        before = gpu.device.bytes_free
+        session.eval(TOKENS[:250], "none")
+        assert session.stats.n_tokens_sealed > 0
+        assert before - gpu.device.bytes_free == chunk
 
 
 def test_sessions_with_other_layers_have_weights_of_their_own(gpu: StandIn, model: Model) -> None:

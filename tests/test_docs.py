@@ -122,9 +122,10 @@ LAYERS = {
     "cuda_types.h": set(),
     "cuda_api.h": {"base.h", "cuda_types.h"},
     "cuda_image.h": {"cuda_api.h"},
+    "cuda_gpu.h": {"cuda_image.h"},
     "cuda_layout.h": {"cache_args.h", "kv_plan.h"},
     "cuda_weights.h": {"arch.h", "cuda_api.h"},
-    "cuda_device.h": {"device.h"},
+    "cuda_device.h": {"cuda_gpu.h", "device.h"},
 }
 
 

@@ -7,22 +7,32 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from conftest import write_tiny
+from conftest import is_exact, write_tiny
 
-from pykvq import ContextError, KvqError, Model, SamplingParams
+from pykvq import ContextError, Generation, KvqError, Model, SamplingParams, Session
 from pykvq.generation import SamplingOptions, merge_sampling
 
 PROMPT = "the end and the other"
 
 
+def logits_of(session: Session, result: Generation) -> npt.NDArray[np.float32]:
+    """The logits [n_tokens, n_vocab] that each token was chosen by, in the passes of `result`."""
+    session.reset()
+    first = session.eval(session.model.tokenize(PROMPT))
+    return np.concatenate([first, *(session.eval([token]) for token in result.tokens[:-1])])
+
+
 def test_the_same_seed_gives_the_same_text(tiny: Model) -> None:
     with tiny.session() as session:
+        # On a GPU a prompt of which some tokens are held is another pass, which rounds differently.
+        reuse = is_exact(session)
         first = session.generate(PROMPT, 40, seed=5)
-        again = session.generate(PROMPT, 40, seed=5)
-        other = session.generate(PROMPT, 40, seed=6)
-        free = session.generate(PROMPT, 40)
-        repeated = session.generate(PROMPT, 40, seed=free.seed)
+        again = session.generate(PROMPT, 40, seed=5, reuse=reuse)
+        other = session.generate(PROMPT, 40, seed=6, reuse=reuse)
+        free = session.generate(PROMPT, 40, reuse=reuse)
+        repeated = session.generate(PROMPT, 40, seed=free.seed, reuse=reuse)
     assert first.tokens == again.tokens
     assert first.text == again.text
     assert first.tokens != other.tokens
@@ -32,8 +42,9 @@ def test_the_same_seed_gives_the_same_text(tiny: Model) -> None:
 
 def test_a_stream_gives_what_the_whole_gives(tiny: Model) -> None:
     with tiny.session() as session:
+        reuse = is_exact(session)
         whole = session.generate(PROMPT, 60, seed=1, logprobs=2)
-        stream = session.generate(PROMPT, 60, seed=1, logprobs=2, stream=True)
+        stream = session.generate(PROMPT, 60, seed=1, logprobs=2, stream=True, reuse=reuse)
         chunks = list(stream)
     assert "".join(str(chunk) for chunk in chunks) == whole.text
     assert [c.token for c in chunks if c.token is not None] == whole.tokens
@@ -54,9 +65,7 @@ def test_text_is_the_decoding_of_the_tokens(tiny: Model) -> None:
 def test_greedy_takes_the_largest_logit_each_time(tiny: Model) -> None:
     with tiny.session(kv="f16") as session:
         result = session.generate(PROMPT, 20, temperature=0, ignore_eos=True)
-        tokens = tiny.tokenize(PROMPT)
-        session.reset()
-        logits = session.eval(tokens + result.tokens, "all")[len(tokens) - 1 : -1]
+        logits = logits_of(session, result)
     banned = sorted(tiny.tokenizer.eog_ids)
     logits[:, banned] = -np.inf
     assert result.tokens == logits.argmax(axis=1).tolist()
@@ -75,11 +84,14 @@ def test_the_text_ends_where_the_model_ends_it(tiny: Model) -> None:
 
 def test_stop_strings_end_the_text_and_are_not_part_of_it(tiny: Model) -> None:
     with tiny.session() as session:
+        reuse = is_exact(session)
         free = session.generate(PROMPT, 80, seed=9)
         assert len(free.text) > 20
         stop = free.text[10:14]
         at = free.text.index(stop)
-        stream = session.generate(PROMPT, 80, seed=9, stop=[stop, "never there"], stream=True)
+        stream = session.generate(
+            PROMPT, 80, seed=9, stop=[stop, "never there"], stream=True, reuse=reuse
+        )
         shown = ""
         for chunk in stream:
             shown += chunk.text
@@ -87,7 +99,7 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(tiny: Model) -> None:
         assert shown == free.text[:at]
         assert stream.result.text == shown
         assert stream.result.finish_reason == "stop"
-        whole = session.generate(PROMPT, 80, seed=9, stop=stop)
+        whole = session.generate(PROMPT, 80, seed=9, stop=stop, reuse=reuse)
         assert (whole.text, whole.finish_reason) == (shown, "stop")
         with pytest.raises(ValueError, match="stop string is empty"):
             session.generate(PROMPT, 5, stop=[""])
@@ -96,9 +108,7 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(tiny: Model) -> None:
 def test_logprobs_are_those_of_the_logits(tiny: Model) -> None:
     with tiny.session(kv="f16") as session:
         result = session.generate(PROMPT, 5, seed=2, logprobs=3)
-        tokens = tiny.tokenize(PROMPT)
-        session.reset()
-        logits = session.eval(tokens + result.tokens, "all")[len(tokens) - 1 : -1]
+        logits = logits_of(session, result)
     exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
     assert result.logprobs is not None
     for row, given, token in zip(exact, result.logprobs, result.tokens, strict=True):
@@ -187,11 +197,14 @@ def test_f16_goes_on_from_the_longest_common_prefix(tiny: Model, random_tokens: 
     with tiny.session(kv="f16") as session:
         session.generate(random_tokens[:500], 30, seed=1)
         changed = random_tokens[:300] + random_tokens[600:700]
-        reused = session.generate(changed, 30, seed=1)
-        fresh = session.generate(changed, 30, seed=1, reuse=False)
+        reused = session.generate(changed, 30, seed=1, logprobs=2)
+        fresh = session.generate(changed, 30, seed=1, logprobs=2, reuse=False)
+        n_same = 30 if is_exact(session) else 1  # rounding can have another token chosen
     assert reused.stats.n_reused == 300
     assert fresh.stats.n_reused == 0
-    assert reused.tokens == fresh.tokens
+    assert reused.tokens[:n_same] == fresh.tokens[:n_same]
+    assert reused.logprobs is not None and fresh.logprobs is not None
+    assert reused.logprobs[0].logprob == pytest.approx(fresh.logprobs[0].logprob, abs=0.02)
 
 
 def test_a_conversation_that_goes_on_is_not_evaluated_again(
@@ -223,11 +236,13 @@ def test_going_back_in_a_lossy_cache_leaves_no_row_sealed_too_early(
 def test_a_short_prompt_gives_the_same_text_after_any_history(
     tiny: Model, random_tokens: list[int]
 ) -> None:
-    with tiny.session(kv="skvq") as session:
-        first = session.generate(random_tokens[:100], 400, seed=4, ignore_eos=True)
-        again = session.generate(random_tokens[:100], 400, seed=4, ignore_eos=True)
+    with tiny.session(kv="skvq", kv_window=32) as session:
+        first = session.generate(random_tokens[:30], 130, seed=4, ignore_eos=True)
+        assert session.stats.n_tokens_sealed == 64
+        again = session.generate(random_tokens[:30], 130, seed=4, ignore_eos=True)
+        n_same = 130 if is_exact(session) else 1  # rounding can have another token chosen
     assert again.stats.n_reused == 5  # the sinks, which are f16 for good
-    assert first.tokens == again.tokens
+    assert first.tokens[:n_same] == again.tokens[:n_same]
 
 
 def test_an_equal_prompt_evaluates_its_last_token_again(tiny: Model) -> None:
@@ -324,7 +339,10 @@ def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path) -> None:
     with Model(path) as model, model.session() as session:
         n_vocab = model.tokenizer.n_vocab
         assert model.info.n_vocab == n_vocab + 200
-        result = session.generate(PROMPT, 300, seed=1, temperature=5.0, top_k=0, min_p=0.0)
+        result = session.generate(
+            PROMPT, 100, seed=1, temperature=5.0, top_k=0, min_p=0.0, ignore_eos=True
+        )
+        assert len(result.tokens) == 100
         assert max(result.tokens) < n_vocab
 
 

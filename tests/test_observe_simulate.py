@@ -7,9 +7,12 @@ import pytest
 
 from pykvq import Model
 
+# Quantizers are simulated on the CPU alone; test_cuda_session.py checks that a GPU says so.
+SIMULATED = {"n_ctx": 512, "kv_window": 64, "kv_sinks": 4, "device": "cpu"}
+
 
 def _logits(model: Model, kv: str, tokens: list[int], simulate: object = None) -> np.ndarray:
-    with model.session(kv=kv, n_ctx=512, kv_window=64, kv_sinks=4) as session:
+    with model.session(kv=kv, **SIMULATED) as session:
         if simulate is not None:
             session.simulate(simulate)  # type: ignore[arg-type]
         for at in range(0, len(tokens), 16):
@@ -51,7 +54,7 @@ def test_a_simulator_sees_the_rows_that_an_observer_saw(tiny: Model) -> None:
             exact = np.concatenate(keys[layer])[first : first + rows.shape[1]]
             assert np.allclose(rows, exact.transpose(1, 0, 2), atol=2e-3 * np.abs(exact).max())
 
-    with tiny.session(kv="f16", n_ctx=512, kv_window=64, kv_sinks=4) as session:
+    with tiny.session(kv="f16", **SIMULATED) as session:
         session.observe(observer)
         session.simulate(simulator)
         for at in range(0, len(TOKENS), 16):

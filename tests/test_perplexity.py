@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import is_exact, row_distances
 
 from pykvq import Model, SchemeError, UnsupportedError
 from pykvq.eval.streaming import divergence, log_partition, sealed_share
@@ -23,13 +24,13 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> Array:
 
 
 def token_by_token(
-    model: Model, kv: str, ids: list[int], n_ctx: int
+    model: Model, kv: str, ids: list[int], n_ctx: int, window: int
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """Log-probabilities [n, n_vocab] and targets [n] of the scored half of every chunk."""
     logits, targets = [], []
     for start in range(0, len(ids) - n_ctx + 1, n_ctx):
         chunk = ids[start : start + n_ctx]
-        with model.session(kv=kv, n_ctx=n_ctx) as session:
+        with model.session(kv=kv, n_ctx=n_ctx, kv_window=window) as session:
             rows = np.concatenate([session.eval([token]) for token in chunk[:-1]])
         logits.append(rows[n_ctx // 2 :])
         targets += chunk[n_ctx // 2 + 1 :]
@@ -40,15 +41,22 @@ def token_by_token(
 def test_streaming_gives_what_token_by_token_gives(
     kv: str, tiny: Model, random_tokens: list[int]
 ) -> None:
-    n_ctx = 400
-    [result] = perplexity(tiny, random_tokens, [kv], n_ctx=n_ctx, kld=True, stream=True)
-    p, targets = token_by_token(tiny, "f16", random_tokens, n_ctx)
-    q, _ = token_by_token(tiny, kv, random_tokens, n_ctx)
+    n_ctx, window = 120, 8
+    [result] = perplexity(
+        tiny, random_tokens[:240], [kv], n_ctx=n_ctx, kld=True, stream=True, kv_window=window
+    )
+    p, targets = token_by_token(tiny, "f16", random_tokens[:240], n_ctx, window)
+    q, _ = token_by_token(tiny, kv, random_tokens[:240], n_ctx, window)
     n = len(targets)
+    with tiny.session() as session:
+        # On a GPU longer passes round differently, and codes can differ that lie between two.
+        near_ppl, near_kld, near_top1 = (1e-6, 2e-6, 0) if is_exact(session) else (0.01, 0.01, 0.02)
     assert result.tokens == n == 2 * (n_ctx // 2 - 1)
-    assert result.ppl == pytest.approx(np.exp(-q[np.arange(n), targets].mean()), rel=1e-6)
-    assert result.mean_kld == pytest.approx((np.exp(p) * (p - q)).sum(axis=1).mean(), abs=1e-7)
-    assert result.top1 == pytest.approx((p.argmax(axis=1) == q.argmax(axis=1)).mean())
+    assert result.ppl == pytest.approx(np.exp(-q[np.arange(n), targets].mean()), rel=near_ppl)
+    kld = (np.exp(p) * (p - q)).sum(axis=1).mean()
+    assert result.mean_kld == pytest.approx(kld, abs=near_kld)
+    top1 = (p.argmax(axis=1) == q.argmax(axis=1)).mean()
+    assert result.top1 == pytest.approx(top1, abs=near_top1)
     assert result.mean_kld is not None
     assert result.mean_kld > 0
 
@@ -170,7 +178,7 @@ def test_bits_may_stand_behind_the_name(tiny: Model, random_tokens: list[int]) -
 def test_the_share_that_reads_sealed_blocks_is_what_differs_from_f16(
     n_batch: int | None, tiny: Model, random_tokens: list[int]
 ) -> None:
-    n_ctx, first, sinks, window = 300, 20, 3, 70
+    n_ctx, first, sinks, window = 200, 20, 3, 70
     logits = []
     for kv in ("f16", "q4_0"):  # q4_0 has no basis, and keeps the same rows in f16
         with tiny.session(
@@ -181,7 +189,8 @@ def test_the_share_that_reads_sealed_blocks_is_what_differs_from_f16(
             else:
                 rows = session.eval(random_tokens[: n_ctx - 1], "all")
         logits.append(rows[first:])
-    differ = (logits[0] != logits[1]).any(axis=1)
+        rounding = 0 if is_exact(session) else 0.006
+    differ = row_distances(logits[1], logits[0]) > rounding
     assert 0 < differ.mean() < 1
     assert sealed_share(n_ctx, first, sinks, window, n_batch) == pytest.approx(differ.mean())
 

@@ -140,26 +140,6 @@ def test_products_of_many_tokens(bench: Bench, name: str) -> None:
     assert (np.abs(bench.get(y, (n, 20), "f4") - exact) <= 2.0**-9 * size).all()
 
 
-@pytest.mark.parametrize("name", ["F32", "Q4_0", "Q6_K"])
-def test_rows_of_the_embedding(bench: Bench, name: str) -> None:
-    weights = Weights(name, 7, 512)
-    tokens = np.array([6, 0, 3], np.int32)
-    x = bench.empty(3 * 512 * 4, "x")
-    arguments = core().ffi.new(
-        "kvq_cuda_embed_args *",
-        {
-            "w": bench.share(weights.bytes, "weights"),
-            "tokens": bench.share(tokens, "tokens"),
-            "x": x,
-            "n": 3,
-            "d_model": 512,
-        },
-    )
-    grid = (-(-512 // (32 * THREADS)), 3)
-    bench.launch("elementwise", f"kvq_cuda_embed_{name}", grid, THREADS, arguments[0])
-    assert np.allclose(bench.get(x, (3, 512), "f4"), weights.values[tokens], rtol=1e-6)
-
-
 def test_norm_gate_and_rotation(bench: Bench) -> None:
     rng = np.random.default_rng(3)
     n, d = 3, 300

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import is_exact, require_same, row_distances
+from stand_in import is_stand_in
 
 import pykvq
 from pykvq import Cancelled, ContextError, KvqError, Model, interruptible, native
@@ -43,9 +45,9 @@ def test_eval_returns_the_logits_asked_for(tiny: Model, random_tokens: list[int]
         last = session.eval(np.array(tokens, np.int64))
         session.reset()
         none = session.eval(tuple(tokens), logits="none")
+        require_same(session, every[-1:], last)
     assert (every.shape, last.shape, none.shape) == ((20, 269), (1, 269), (0, 269))
     assert every.dtype == last.dtype == np.float32
-    np.testing.assert_array_equal(every[-1:], last)
     assert np.isfinite(every).all()
     assert len(np.unique(every.argmax(axis=1))) > 5
 
@@ -74,18 +76,32 @@ def test_passes_up_to_the_next_seal_equal_token_by_token(
     random_tokens: list[int],
 ) -> None:
     model = tiny if architecture == "llama" else tiny_qwen2
-    tokens = random_tokens[:400]
-    with model.session(kv=kv, n_ctx=400) as session:
-        expected = one_by_one(session, tokens)
-        sealed = session.stats.n_tokens_sealed
-        session.reset()
+    tokens = random_tokens[:240]
+
+    def in_runs(session: Session) -> FloatArray:
         runs = []
         while session.n_tokens < len(tokens):
             at = session.n_tokens
             runs.append(session.eval(tokens[at : at + session.until_seal], "all"))
-        assert session.stats.n_tokens_sealed == sealed > 0
-    np.testing.assert_array_equal(np.concatenate(runs), expected)
-    assert len(runs) < 10
+        assert len(runs) < 10
+        return np.concatenate(runs)
+
+    with model.session(kv=kv, n_ctx=240, kv_window=40) as session:
+        expected = one_by_one(session, tokens)
+        first_sealed = session.stats.sinks + 40 + 64
+        sealed = session.stats.n_tokens_sealed
+        session.reset()
+        found = in_runs(session)
+        assert session.stats.n_tokens_sealed == sealed > 64
+        exact = is_exact(session)
+        unsealed = first_sealed if kv != "f16" and not exact else len(tokens)
+        require_same(session, found[:unsealed], expected[:unsealed])
+    if not exact and kv != "f16":
+        # What differs by rounding can lie between two codes, and then differs by more, though by
+        # far less than by what sealing itself loses.
+        with model.session(kv="f16", n_ctx=240) as lossless:
+            loss = row_distances(in_runs(lossless), expected)[unsealed:].mean()
+        assert row_distances(found, expected)[unsealed:].mean() < 0.006 + loss / 8
 
 
 @pytest.mark.parametrize("kv", SCHEMES)
@@ -96,8 +112,8 @@ def test_result_does_not_depend_on_the_number_of_threads(
     for n_threads in (1, 2, 3):
         with tiny.session(kv=kv, n_threads=n_threads) as session:
             assert session.stats.n_threads == min(n_threads, n_processors())
-            prompt = session.eval(random_tokens[:300], "all")
-            results.append(np.concatenate([prompt, one_by_one(session, random_tokens[300:320])]))
+            prompt = session.eval(random_tokens[:220], "all")
+            results.append(np.concatenate([prompt, one_by_one(session, random_tokens[220:230])]))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
 
@@ -117,6 +133,8 @@ def test_a_long_call_is_cut_into_passes_that_report_progress(
 def test_stories260k_writes_its_reference_tokens(stories_model: Model, data_dir: Path) -> None:
     lines = (data_dir / "models" / "stories260K.greedy.txt").read_text().splitlines()
     expected = [int(i) for i in lines[0].removeprefix("ids:").split()]
+    if is_stand_in():
+        expected = expected[:60]  # it takes a second for 50 tokens
     with stories_model.session(kv="f16") as session:
         tokens = expected[:1]
         while len(tokens) < len(expected):
@@ -152,8 +170,8 @@ def test_stats_are_consistent(tiny: Model, random_tokens: list[int]) -> None:
 def test_evaluating_allocates_nothing(tiny: Model, random_tokens: list[int]) -> None:
     with tiny.session(kv="skvq") as session:
         before = native.alloc_calls()
-        session.eval(random_tokens[:600], "all")
-        one_by_one(session, random_tokens[600:700])
+        session.eval(random_tokens[:400], "all")
+        one_by_one(session, random_tokens[400:430])
         session.truncate(100)
         session.eval(random_tokens[:50])
         assert native.alloc_calls() == before
@@ -162,24 +180,24 @@ def test_evaluating_allocates_nothing(tiny: Model, random_tokens: list[int]) -> 
 
 
 def test_truncating_and_going_on_repeats_the_logits(tiny: Model, random_tokens: list[int]) -> None:
-    tokens = random_tokens[:150]
+    tokens = random_tokens[:90]
     with tiny.session(kv="skvq") as session:
         first = one_by_one(session, tokens)
-        session.truncate(90)  # nothing is sealed yet, so nothing was lost
-        assert session.n_tokens == 90
-        assert session.tokens == tokens[:90]
-        np.testing.assert_array_equal(one_by_one(session, tokens[90:]), first[90:])
+        session.truncate(60)  # nothing is sealed yet, so nothing was lost
+        assert session.n_tokens == 60
+        assert session.tokens == tokens[:60]
+        np.testing.assert_array_equal(one_by_one(session, tokens[60:]), first[60:])
         session.reset()
         assert session.tokens == []
         np.testing.assert_array_equal(one_by_one(session, tokens), first)
-        with pytest.raises(ValueError, match="holds 150 tokens and cannot be truncated to 151"):
-            session.truncate(151)
+        with pytest.raises(ValueError, match="holds 90 tokens and cannot be truncated to 91"):
+            session.truncate(91)
 
 
 def test_sealing_costs_what_f16_keeps(tiny: Model, random_tokens: list[int]) -> None:
-    with tiny.session(kv="f16") as exact, tiny.session(kv="skvq") as lossy:
-        want, got = exact.eval(random_tokens, "all"), lossy.eval(random_tokens, "all")
-    n = lossy.stats.n_batch
+    n, tokens = 200, random_tokens[:500]
+    with tiny.session(kv="f16", n_batch=n) as exact, tiny.session(kv="skvq", n_batch=n) as lossy:
+        want, got = exact.eval(tokens, "all"), lossy.eval(tokens, "all")
     error = np.abs(want - got).mean(axis=1)
     assert error[n:].mean() > 3 * error[:n].mean()  # the first pass sees itself in f16
 
@@ -264,12 +282,12 @@ def test_full_context_is_refused_and_nothing_is_evaluated(tiny: Model) -> None:
 def test_two_sessions_in_two_threads_give_what_each_gives_alone(
     tiny: Model, random_tokens: list[int]
 ) -> None:
-    halves = (random_tokens[:500], random_tokens[500:])
+    halves = (random_tokens[:300], random_tokens[500:800])
 
     def work(tokens: list[int]) -> FloatArray:
         with tiny.session(kv="skvq") as session:
             return np.concatenate(
-                [session.eval(tokens[:400], "all"), one_by_one(session, tokens[400:])]
+                [session.eval(tokens[:280], "all"), one_by_one(session, tokens[280:])]
             )
 
     alone = [work(tokens) for tokens in halves]

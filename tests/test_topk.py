@@ -10,7 +10,8 @@ from pykvq.session import Session
 
 
 def _filled(model: Model, tokens: list[int], kv: str, topk: int | None) -> Session:
-    session = model.session(kv=kv, n_ctx=800, kv_topk=topk)
+    """On the CPU, where alone blocks are selected."""
+    session = model.session(kv=kv, n_ctx=800, kv_topk=topk, device="cpu")
     session.eval(tokens[:700], "none")
     return session
 

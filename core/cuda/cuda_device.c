@@ -19,6 +19,7 @@ enum {
     DECODE_BLOCKS = 4,       /* and of decode_KIND_W, which hides no latency within a warp */
     LOGITS_BYTES = 64 << 20, /* room for logits: of one token at least */
     CHUNK_BYTES = 32 << 20,  /* of sealed blocks, about */
+    PAGE_BYTES = 2 << 20,    /* what drivers give memory in, where more than that is asked for */
 };
 
 /* ---- failures, launches ------------------------------------------------------------------- */
@@ -48,14 +49,14 @@ void kvq_cuda_launch(kvq_cuda *cuda, kvq_cuda_kernel_id kernel, unsigned grid_x,
     void *parameters[] = {(void *)(uintptr_t)args};
     if (cuda->status != KVQ_OK || cuda->mode == KVQ_CUDA_REPLAYS) return;
     kvq_cuda_did(cuda,
-                 cuda->api->cuLaunchKernel(cuda->kernels.functions[kernel], grid_x, grid_y, grid_z,
-                                           threads, 1, 1, (unsigned)shared, cuda->stream,
+                 cuda->api->cuLaunchKernel(cuda->gpu->kernels.functions[kernel], grid_x, grid_y,
+                                           grid_z, threads, 1, 1, (unsigned)shared, cuda->stream,
                                            parameters, NULL),
                  "cuLaunchKernel of %s", kvq_cuda_kernel_name(kernel));
 }
 
 bool kvq_cuda_enter(kvq_cuda *cuda) {
-    const CUresult result = cuda->api->cuCtxPushCurrent(cuda->context);
+    const CUresult result = cuda->api->cuCtxPushCurrent(cuda->gpu->context);
     cuda->is_current = result == CUDA_SUCCESS;
     kvq_cuda_did(cuda, result, "cuCtxPushCurrent");
     if (cuda->lent) {
@@ -131,6 +132,7 @@ static int decode_splits(const kvq_cuda *cuda, const kvq_ring *ring) {
 /* Of the kernel of attention for a width. */
 typedef struct attend_shape {
     kvq_cuda_kernel_id kernel;
+    int width; /* of the widest heads that it takes */
     int rows, slices, threads;
     uint32_t shared;
 } attend_shape;
@@ -140,6 +142,7 @@ static attend_shape shape_of_attend(int d) {
     return (attend_shape){.kernel = W == 64    ? KVQ_KERNEL_attend_64
                                     : W == 128 ? KVQ_KERNEL_attend_128
                                                : KVQ_KERNEL_attend_256,
+                          .width = W,
                           .rows = 16 * KVQ_CUDA_ATTEND_WARPS(W),
                           .slices = (d + slice - 1) / slice,
                           .threads = 32 * KVQ_CUDA_ATTEND_WARPS(W),
@@ -227,6 +230,21 @@ static void lay_out(kvq_cuda *cuda, kvq_arena *arena, kvq_cuda_bytes *bytes,
     bytes->rows = arena->used - before;
 }
 
+static uint64_t in_pages(uint64_t bytes) {
+    return bytes > PAGE_BYTES ? kvq_round_up(bytes, PAGE_BYTES) : bytes;
+}
+
+/* How many blocks a chunk has: of those that make about CHUNK_BYTES, what leaves the smallest part
+ * of its pages unused. */
+static int blocks_in_chunk(uint64_t block_bytes) {
+    const uint64_t most = block_bytes < CHUNK_BYTES ? CHUNK_BYTES / block_bytes : 1;
+    uint64_t best = most;
+    for (uint64_t n = most; n > most / 2; n--) {
+        if (in_pages(n * block_bytes) * best < in_pages(best * block_bytes) * n) best = n;
+    }
+    return (int)best;
+}
+
 /* Numbers that the layout depends on. */
 static void set_shape(kvq_cuda *cuda, const kvq_cuda_options *o, kvq_cuda_bytes *bytes,
                       uint64_t block_of_all) {
@@ -236,10 +254,9 @@ static void set_shape(kvq_cuda *cuda, const kvq_cuda_options *o, kvq_cuda_bytes 
     const size_t logits = LOGITS_BYTES / (c->n_vocab * sizeof(float));
     cuda->n_logits = o->head ? larger(smaller((int)logits, o->n_batch), 1) : 0;
     cuda->partial_rows = larger(o->n_batch, decode_splits(cuda, ring)) * group;
-    const uint64_t blocks = CHUNK_BYTES / block_of_all;
-    cuda->chunk_blocks = larger(smaller((int)blocks, ring->max_blocks), 1);
+    cuda->chunk_blocks = larger(smaller(blocks_in_chunk(block_of_all), ring->max_blocks), 1);
     cuda->max_chunks = (ring->max_blocks + cuda->chunk_blocks - 1) / cuda->chunk_blocks;
-    cuda->chunk_bytes = (uint64_t)cuda->chunk_blocks * block_of_all;
+    cuda->chunk_bytes = in_pages((uint64_t)cuda->chunk_blocks * block_of_all);
     bytes->chunk = cuda->chunk_bytes;
     bytes->sealed = cuda->chunk_bytes * (uint64_t)cuda->max_chunks;
     bytes->weights = kvq_cuda_weights_bytes(o->model, o->first_layer, o->head);
@@ -614,12 +631,12 @@ static const kvq_device_ops ops = {
     .block = kvq_cuda_cache_lend,
 };
 
-/* Some kernels want more shared memory than all GPUs give unasked. */
-static void ask_for_shared(kvq_cuda *cuda, kvq_cuda_kernel_id kernel, size_t bytes) {
-    const int most = (int)bytes;
-    if (most <= 48 << 10) return;
+/* The kernel may want more shared memory than all GPUs give unasked. Sessions share it, so that
+ * each asks for what the widest heads need. */
+static void ask_for_shared(kvq_cuda *cuda, attend_shape shape) {
+    const int most = (int)kvq_cuda_attend_shared(shape.width, shape.width);
     kvq_cuda_did(cuda,
-                 cuda->api->cuFuncSetAttribute(cuda->kernels.functions[kernel],
+                 cuda->api->cuFuncSetAttribute(cuda->gpu->kernels.functions[shape.kernel],
                                                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                                most),
                  "cuFuncSetAttribute for %d bytes of shared memory", most);
@@ -656,48 +673,35 @@ static kvq_status allocate(kvq_cuda *cuda, const kvq_cuda_options *o) {
         kvq_arena arena = {.base = (uint8_t *)(uintptr_t)cuda->memory};
         cuda->staging = staging;
         lay_out(cuda, &arena, &bytes, tracks, o->turns, cuda->placed);
-        const attend_shape shape = shape_of_attend(cuda->caches[0].d);
-        ask_for_shared(cuda, shape.kernel, shape.shared);
+        ask_for_shared(cuda, shape_of_attend(cuda->caches[0].d));
     }
     return cuda->status;
 }
 
-static kvq_status open_context(kvq_cuda *cuda, int index) {
-    kvq_status status = kvq_cuda_api_get(&cuda->api);
-    if (status == KVQ_OK) status = kvq_cuda_device(&cuda->id, cuda->api, index);
-    if (status != KVQ_OK) return status;
-    if (!kvq_cuda_did(cuda, cuda->api->cuDevicePrimaryCtxRetain(&cuda->context, cuda->id),
-                      "cuDevicePrimaryCtxRetain of device %d", index)) {
-        cuda->context = NULL;
-        return cuda->status;
+static kvq_status open_stream(kvq_cuda *cuda) {
+    kvq_cuda_enter(cuda);
+    if (cuda->status == KVQ_OK) {
+        kvq_cuda_did(cuda, cuda->api->cuStreamCreate(&cuda->stream, CU_STREAM_NON_BLOCKING),
+                     "cuStreamCreate");
     }
-    if (!kvq_cuda_enter(cuda)) return cuda->status;
-    kvq_cuda_did(cuda,
-                 cuda->api->cuDeviceGetAttribute(
-                     &cuda->n_processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, cuda->id),
-                 "cuDeviceGetAttribute");
-    kvq_cuda_did(cuda, cuda->api->cuStreamCreate(&cuda->stream, CU_STREAM_NON_BLOCKING),
-                 "cuStreamCreate");
     return cuda->status;
 }
 
 kvq_status kvq_cuda_open(kvq_device **out, const kvq_cuda_options *o) {
     kvq_cuda *const cuda = kvq_alloc(sizeof *cuda);
     kvq_cuda_bytes bytes;
-    char name[32];
     if (!cuda) return kvq_fail(KVQ_ERR_MEMORY, "There is no memory for a session.");
-    snprintf(name, sizeof name, "CUDA device %d", o->index);
     cuda->device.ops = &ops;
-    cuda->device.model = o->model;
-    kvq_status status = open_context(cuda, o->index);
-    if (status == KVQ_OK) status = kvq_cuda_kernels_open(&cuda->kernels, cuda->api, name);
-    if (status == KVQ_OK) status = measure(cuda, &bytes, o, cuda->n_processors);
+    cuda->gpu = o->gpu;
+    cuda->api = o->gpu->api;
+    kvq_status status = measure(cuda, &bytes, o, o->gpu->n_processors);
+    if (status == KVQ_OK) status = open_stream(cuda);
     if (status == KVQ_OK) {
-        status = kvq_cuda_weights_open(&cuda->weights, cuda->api, cuda->stream, o->model, o->index,
-                                       o->first_layer, o->head, o->upload, o->user);
+        status = kvq_cuda_weights_open(&cuda->weights, cuda->api, cuda->stream, o->model,
+                                       o->gpu->index, o->first_layer, o->head, o->upload, o->user);
     }
     if (status == KVQ_OK) status = allocate(cuda, o);
-    if (cuda->context) kvq_cuda_leave(cuda);
+    kvq_cuda_leave(cuda);
     if (status != KVQ_OK) {
         kvq_cuda_close(&cuda->device);
         return status;
@@ -710,22 +714,18 @@ void kvq_cuda_close(kvq_device *device) {
     if (!device) return;
     kvq_cuda *const cuda = kvq_cuda_of(device);
     const kvq_cuda_api *const api = cuda->api;
-    if (cuda->context) {
-        cuda->lent = NULL; /* nobody will read it again */
-        kvq_cuda_enter(cuda);
-        if (cuda->stream) api->cuStreamSynchronize(cuda->stream);
-        for (int i = 0; i < KVQ_CUDA_GRAPHS; i++) {
-            if (cuda->graphs[i].recorded) api->cuGraphExecDestroy(cuda->graphs[i].recorded);
-        }
-        for (int i = 0; i < cuda->n_chunks; i++) api->cuMemFree(cuda->chunk_list[i]);
-        if (cuda->memory) api->cuMemFree(cuda->memory);
-        if (cuda->staging) api->cuMemFreeHost(cuda->staging);
-        kvq_cuda_weights_close(cuda->weights, api, device->model);
-        kvq_cuda_kernels_close(&cuda->kernels, api);
-        if (cuda->stream) api->cuStreamDestroy(cuda->stream);
-        kvq_cuda_leave(cuda);
-        api->cuDevicePrimaryCtxRelease(cuda->id);
+    cuda->lent = NULL; /* nobody will read it again */
+    kvq_cuda_enter(cuda);
+    if (cuda->stream) api->cuStreamSynchronize(cuda->stream);
+    for (int i = 0; i < KVQ_CUDA_GRAPHS; i++) {
+        if (cuda->graphs[i].recorded) api->cuGraphExecDestroy(cuda->graphs[i].recorded);
     }
+    for (int i = 0; i < cuda->n_chunks; i++) api->cuMemFree(cuda->chunk_list[i]);
+    if (cuda->memory) api->cuMemFree(cuda->memory);
+    if (cuda->staging) api->cuMemFreeHost(cuda->staging);
+    kvq_cuda_weights_close(cuda->weights, api, device->model);
+    if (cuda->stream) api->cuStreamDestroy(cuda->stream);
+    kvq_cuda_leave(cuda);
     kvq_free(cuda->caches);
     kvq_free(cuda->placed);
     kvq_free(cuda->chunk_list);

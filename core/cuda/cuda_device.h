@@ -8,6 +8,7 @@
 #ifndef KVQ_CUDA_DEVICE_H
 #define KVQ_CUDA_DEVICE_H
 
+#include "cuda/cuda_gpu.h"
 #include "device.h"
 
 typedef struct kvq_cuda_options {
@@ -15,7 +16,7 @@ typedef struct kvq_cuda_options {
     kvq_ring *rings;         /* [n_layers] laid out in no memory: their numbers are used */
     const kvq_track *tracks; /* [n_layers][KVQ_SIDES][n_kv_heads] */
     const kvq_turns *turns;  /* NULL: no track has waves */
-    int index;               /* of the device */
+    const kvq_cuda_gpu *gpu; /* in use as long as the device is open; NULL: to measure alone */
     int first_layer;         /* that it has; it has all that follow */
     bool head;               /* whether it has the output norm and matrix */
     int n_batch;
@@ -33,7 +34,7 @@ typedef struct kvq_cuda_bytes {
     uint64_t chunk;   /* sealed blocks come in pieces of this size */
 } kvq_cuda_bytes;
 
-/* Needs no device: options->index is not read. The number of multiprocessors decides on scratch. */
+/* Needs no device: options->gpu is not read. The number of multiprocessors decides on scratch. */
 kvq_status kvq_cuda_measure(kvq_cuda_bytes *out, const kvq_cuda_options *options, int n_processors);
 
 kvq_status kvq_cuda_open(kvq_device **out, const kvq_cuda_options *options);

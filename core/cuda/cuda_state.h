@@ -3,7 +3,6 @@
 #define KVQ_CUDA_STATE_H
 
 #include "cuda/cuda_device.h"
-#include "cuda/cuda_image.h"
 #include "cuda/cuda_weights.h"
 #include "cuda/kernels/attend_args.h"
 
@@ -24,12 +23,10 @@ typedef enum kvq_cuda_mode {
 
 typedef struct kvq_cuda {
     kvq_device device; /* the first member */
-    const kvq_cuda_api *api;
-    CUdevice id;
-    CUcontext context;
+    const kvq_cuda_gpu *gpu;
+    const kvq_cuda_api *api; /* the gpu's */
     CUstream stream;
     bool is_current; /* the context, in the thread that calls */
-    kvq_cuda_kernels kernels;
     const kvq_cuda_weights *weights;
     int n_processors;
     int first_layer, n_batch;

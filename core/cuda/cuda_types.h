@@ -11,7 +11,6 @@ typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
-typedef struct CUevent_st *CUevent;
 typedef struct CUgraph_st *CUgraph;
 typedef struct CUgraphExec_st *CUgraphExec;
 
@@ -46,10 +45,6 @@ typedef enum CUstreamCaptureMode {
     CU_STREAM_CAPTURE_MODE_RELAXED = 2,
 } CUstreamCaptureMode;
 
-enum {
-    CU_STREAM_NON_BLOCKING = 1, /* does not wait for the default stream */
-    CU_EVENT_DEFAULT = 0,
-    CU_EVENT_DISABLE_TIMING = 2,
-};
+enum { CU_STREAM_NON_BLOCKING = 1 }; /* does not wait for the default stream */
 
 #endif

@@ -20,9 +20,9 @@ CUDA_CUBINS = 75 80 86 87 89 90 100 110 120
 CUDA_PTX = 75 80
 CUDA_FLAGS = -std=c++14 -O3 -Icore --threads 1 -Werror all-warnings,cross-execution-space-call \
              -Xcompiler -Wall,-Wextra -Xptxas -v,-warn-spills,-warn-lmem-usage,-Werror
-# Every driver that takes this image knows the smallest form.
 # Of a module: blocks have the same bytes as on the CPU only if products are not fused into sums.
 CUDA_FLAGS_cache = -fmad=false
+# Every driver that takes this image knows the smallest form.
 CUDA_CODE = --compress-mode=size \
             $(foreach a,$(CUDA_CUBINS),-gencode arch=compute_$a,code=sm_$a) \
             $(foreach a,$(CUDA_PTX),-gencode arch=compute_$a,code=compute_$a)

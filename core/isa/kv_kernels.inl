@@ -7,8 +7,8 @@
  */
 #define KV_QUERIES 4 /* as many as vf_sums and vf_largests take */
 
-/* What is smaller counts as nothing where numbers become integers: its inverse need not be finite.
- */
+/* Where numbers become integers, a largest magnitude below this counts as nothing or as this: its
+ * inverse need not be finite. */
 #define KV_NEGLIGIBLE 1e-30f
 
 /* Over the queries of a group: unrolled, so that their sums stay in registers. */
@@ -78,7 +78,7 @@ KV_INLINE void score_rows_part(const int nq, const int tokens, load_fn *load, co
             }
         }
     }
-    for (int j = 0; j < nq * tokens; j += 4) vf_sums(total + j, sum + j);
+    for (int j = 0; j < nq * tokens; j += 4) vf_store_four(total + j, vf_sums(sum + j));
     KV_EACH(i, nq) {
         for (int t = 0; t < tokens; t++) s[i * KVQ_BLOCK + t] = total[i * tokens + t];
     }
@@ -183,65 +183,83 @@ ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 
 /* ---- u1, u2, u4: keys in uniform levels --------------------------------------------------- */
 
-enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
+enum {
+    U_MOST_GROUPS = KVQ_D_MAX / 32,
+    U_MULTIPLIES_AGAIN = VF_LANES > 8 /* rather than storing products, which is slower there */
+};
 
 /* A query meets the scales of a block's channels once, then works in integers, group by group:
  *     x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] - middle * sum of q),
  *     unit * q[c] ~ x[c] * b[c]
  * Rounding q to 8 bits adds an error some twenty times below that of 2-bit codes themselves. */
 typedef struct u_query {
-    int8_t q[KVQ_D_MAX]; /* zeros beyond d */
+    _Alignas(KVQ_ALIGN) int8_t q[KVQ_D_MAX]; /* zeros beyond d */
     float at_mean;
     float unit[U_MOST_GROUPS], zero[U_MOST_GROUPS]; /* zero: unit * -middle * sum of q */
 } u_query;
 
+/* kvq_u_means without its division where the head is one group: all else would wait for that. */
+KV_INLINE size_t u_means(const kvq_kv_shape *sh) {
+    const kvq_kv_shape one_group = kvq_plain_shape(KVQ_D_UNIT);
+    return sh->group == sh->d ? kvq_u_means(&one_group) : kvq_u_means(sh);
+}
+
 KV_INLINE void u_prepare(const int nq, u_query *u, const float *x, const uint8_t *block,
                          float middle, const kvq_kv_shape *sh) {
     const int d = sh->d, group = sh->group;
-    const int8_t *const means = (const int8_t *)block + kvq_u_means(sh);
-    const uint8_t *const channels = block + kvq_u_means(sh) + d;
-    const float mean_unit = load_half(block), channel_unit = load_half(block + 4);
-    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][KVQ_D_MAX], totals[KV_QUERIES];
+    const int8_t *const means = (const int8_t *)block + u_means(sh);
+    const uint8_t *const channels = block + u_means(sh) + d;
+    const vf mean_unit = vf_set_half(block);
+    const vf channel_unit = vf_mul(vf_set_half(block + 4), vf_set(1.0f / 127));
+    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES * KVQ_D_MAX];
+    _Alignas(KVQ_ALIGN) float of_each[VF_LANES], zeros[VF_LANES];
     vf at_mean[KV_QUERIES];
     for (int i = 0; i < KV_QUERIES; i++) at_mean[i] = vf_zero();
     for (int g = 0, first = 0; first < d; g++, first += group) {
         const int end = first + group;
-        float largest[KV_QUERIES];
-        vf top[KV_QUERIES], sum[KV_QUERIES], inverse[KV_QUERIES];
+        vf top[KV_QUERIES], sum[KV_QUERIES];
         vi q_sum[KV_QUERIES];
-        for (int i = 0; i < KV_QUERIES; i++) top[i] = sum[i] = vf_zero();
+        for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
         for (int c = first; c < end; c += VF_LANES) {
-            const vf scale = vf_load_u8(channels + c), mean = vf_load_i8(means + c);
+            const vf scale = vf_load_u8(channels + c);
             KV_EACH(i, nq) {
-                const vf xc = vf_load(x + i * d + c), y = vf_mul(xc, scale);
-                at_mean[i] = vf_fma(xc, mean, at_mean[i]);
-                top[i] = vf_max(top[i], vf_abs(y));
-                vf_store(scaled[i] + c, y);
+                const vf y = vf_mul(vf_load(x + i * d + c), scale);
+                top[i] = vf_max_abs(top[i], y);
+                if (!U_MULTIPLIES_AGAIN) vf_store(scaled + i * d + c, y);
             }
         }
-        vf_largests(largest, top);
-        KV_EACH(i, nq) {
-            inverse[i] = vf_set(largest[i] > KV_NEGLIGIBLE ? 127.0f / largest[i] : 0.0f);
-            q_sum[i] = vi_zero();
+        const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE));
+        vf inverse[KV_QUERIES];
+        vf_store(of_each, vf_div(vf_set(127.0f), largest));
+        KV_EACH(i, nq) inverse[i] = vf_set(of_each[i]);
+        for (int i = 0; i < KV_QUERIES; i++) q_sum[i] = vi_zero();
+        for (int c = first; c < end; c += VF_LANES) { /* while the inverses are awaited */
+            const vf mean = vf_load_i8(means + c);
+            KV_EACH(i, nq) at_mean[i] = vf_fma(vf_load(x + i * d + c), mean, at_mean[i]);
         }
         for (int c = first; c < end; c += VF_LANES) {
+            const vf scale = U_MULTIPLIES_AGAIN ? vf_load_u8(channels + c) : vf_zero();
             KV_EACH(i, nq) {
-                const vi rounded = vi_from_vf(vf_mul(vf_load(scaled[i] + c), inverse[i]));
+                const vf y = U_MULTIPLIES_AGAIN ? vf_mul(vf_load(x + i * d + c), scale)
+                                                : vf_load(scaled + i * d + c);
+                const vi rounded = vi_from_vf(vf_mul(y, inverse[i]));
                 q_sum[i] = vi_add(q_sum[i], rounded);
                 vi_store_i8(u[i].q + c, rounded);
             }
         }
-        KV_EACH(i, nq) sum[i] = vf_from_vi(q_sum[i]);
-        vf_sums(totals, sum);
+        for (int i = 0; i < KV_QUERIES; i++) sum[i] = vf_from_vi(q_sum[i]);
+        const vf unit = vf_mul(largest, channel_unit);
+        vf_store(of_each, unit);
+        vf_store(zeros, vf_mul(vf_mul(unit, vf_set(-middle)), vf_sums(sum)));
         KV_EACH(i, nq) {
-            u[i].unit[g] = channel_unit * largest[i] * (1.0f / 127);
-            u[i].zero[g] = u[i].unit[g] * -middle * totals[i];
+            u[i].unit[g] = of_each[i];
+            u[i].zero[g] = zeros[i];
         }
     }
-    vf_sums(totals, at_mean);
+    vf_store(of_each, vf_mul(vf_sums(at_mean), mean_unit));
     KV_EACH(i, nq) {
         for (int c = d; c % 32; c++) u[i].q[c] = 0;
-        u[i].at_mean = mean_unit * totals[i];
+        u[i].at_mean = of_each[i];
     }
 }
 
@@ -249,22 +267,21 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float
                              const uint8_t *block, const kvq_kv_shape *sh) {
     const int n = 32 / bits, fields = 8 / bits, top = (1 << bits) - 1; /* n channels: a word */
     const int span = vd_most(127 * top) / (2 * fields) * n;   /* channels that a sum can take */
+    const bool at_once = span >= KVQ_D_MAX;                   /* known: one sum for all of them */
     const size_t stride = (size_t)kvq_u_words(sh, bits) * 32; /* to the next 8 tokens */
-    const uint8_t *const codes = block + kvq_u_means(sh) + 2 * sh->d;
+    const uint8_t *const codes = block + u_means(sh) + 2 * sh->d;
     const vf token_unit = vf_set(load_half(block + 2));
-    const vb low = vb_set(top);
+    const vb low = vb_set(top), next = vb_set(top << bits);
     u_query u[KV_QUERIES];
     u_prepare(nq, u, x, block, 0.5f * (float)top, sh);
     for (int t = 0; t < KVQ_BLOCK; t += VD_TOKENS * VF_LANES) {
         const uint8_t *word = codes + (size_t)(t / 8) * stride;
-        vf score[KV_QUERIES][VD_TOKENS];
-        KV_EACH(i, nq) KV_TOKENS(v) score[i][v] = vf_set(u[i].at_mean);
         for (int g = 0, c = 0; c < sh->d; g++) {
             const int end = (g + 1) * sh->group;
             vi dot[KV_QUERIES][VD_TOKENS];
             KV_EACH(i, nq) KV_TOKENS(v) dot[i][v] = vi_zero();
-            while (c < end) {
-                const int stop = c + span < end ? c + span : end;
+            do {
+                const int stop = at_once || c + span >= end ? end : c + span;
                 vd sum[KV_QUERIES][VD_TOKENS];
                 KV_EACH(i, nq) KV_TOKENS(v) sum[i][v] = vd_zero();
                 for (; c < stop; c += n, word += 32) {
@@ -275,10 +292,7 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float
                     }
                     _Pragma("GCC unroll 4") for (int j = 0; j < fields; j += 2) {
                         vb code[VD_TOKENS][2];
-                        KV_TOKENS(v) {
-                            code[v][0] = vb_shr(packed[v], bits * j, low);
-                            code[v][1] = vb_shr(packed[v], bits * j + bits, low);
-                        }
+                        KV_TOKENS(v) { vd_fields(code[v], packed[v], j, bits, low, next); }
                         KV_EACH(i, nq) {
                             const v8 q = v8_load(u[i].q + c + 4 * j);
                             KV_TOKENS(v) {
@@ -287,19 +301,21 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float
                         }
                     }
                 }
-                KV_EACH(i, nq) KV_TOKENS(v) dot[i][v] = vi_add(dot[i][v], vd_total(sum[i][v]));
-            }
+                KV_EACH(i, nq)
+                KV_TOKENS(v) dot[i][v] = vi_add(dot[i][v], vd_total(sum[i][v], bits));
+            } while (!at_once && c < end);
             const uint8_t *const tokens = block + KVQ_U_SCALES + g * KVQ_BLOCK + t;
             KV_TOKENS(v) {
                 const vf a = vf_mul(vf_load_u8(tokens + v * VF_LANES), token_unit);
                 KV_EACH(i, nq) {
                     const vf product =
                         vf_fma(vf_from_vi(dot[i][v]), vf_set(u[i].unit[g]), vf_set(u[i].zero[g]));
-                    score[i][v] = vf_fma(product, a, score[i][v]);
+                    float *const to = s + i * KVQ_BLOCK + t + v * VF_LANES;
+                    const vf before = g == 0 ? vf_set(u[i].at_mean) : vf_load(to);
+                    vf_store(to, vf_fma(product, a, before));
                 }
             }
         }
-        KV_EACH(i, nq) KV_TOKENS(v) { vf_store(s + i * KVQ_BLOCK + t + v * VF_LANES, score[i][v]); }
     }
 }
 
@@ -324,7 +340,7 @@ U_CODEC(u4, 4)
  * the low plane takes whole bytes and that is enough, below 256 and in the low plane alone. The
  * rounding is far below the error of the values themselves. A weight of 0 stays 0. */
 typedef struct token_weights {
-    uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
+    _Alignas(KVQ_ALIGN) uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
     float unit;
 } token_weights;
 
@@ -338,66 +354,96 @@ typedef struct token_weights {
 #define KV_BYTES_ENOUGH 16.0f
 #define KV_SCALE_OF_ONE 128.0f
 
-/* For n queries; returns whether the low planes hold all of it. Not inlined, lest gcc keep the
- * weights in registers, for which there are too many. */
-static __attribute__((noinline)) bool weigh_tokens(token_weights *weights, const float *p, int n,
-                                                   const uint8_t *scales, float scale_unit) {
-    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][KVQ_BLOCK];
-    float largest[KV_QUERIES], totals[KV_QUERIES];
-    vf top[KV_QUERIES], sum[KV_QUERIES];
-    bool all_low = VW_LOW_BYTES;
-    for (int i = 0; i < KV_QUERIES; i++) top[i] = sum[i] = vf_zero();
-    for (int i = 0; i < n; i++) {
-        for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-            const vf weight = vf_mul(vf_load(p + i * KVQ_BLOCK + t), vf_load_u8(scales + t));
-            top[i] = vf_max(top[i], weight);
-            sum[i] = vf_add(sum[i], weight);
-            vf_store(scaled[i] + t, weight);
-        }
-    }
-    vf_largests(largest, top);
-    vf_sums(totals, sum);
-    for (int i = 0; i < n; i++) {
-        const float weighed = totals[i] > KV_SCALE_OF_ONE ? totals[i] : KV_SCALE_OF_ONE;
-        const bool low = VW_LOW_BYTES && KV_BYTES_ENOUGH * largest[i] <= weighed;
-        const float most = low ? 255.0f : 4095.0f;
-        const vf factor = vf_set(largest[i] > KV_NEGLIGIBLE ? most / largest[i] : 0.0f);
-        for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {
+enum { WEIGHT_VECTORS = KVQ_BLOCK / VF_LANES };
+
+/* Makes integers up to `most` of what the tokens weigh; largest and most: a lane per query. in_two
+ * has the bits of the queries that take two planes; the others need the low one, and zeros in the
+ * high one only where it is read for another query. */
+KV_INLINE void store_weights(const int nq, token_weights *weights,
+                             vf scaled[KV_QUERIES][WEIGHT_VECTORS], vf largest, vf most,
+                             float scale_unit, const unsigned in_two) {
+    _Alignas(KVQ_ALIGN) float factor[VF_LANES], unit[VF_LANES];
+    vf_store(factor, vf_div(most, largest));
+    vf_store(unit, vf_mul(vf_div(largest, most), vf_set(scale_unit)));
+    KV_EACH(i, nq) {
+        const vf by = vf_set(factor[i]);
+        weights[i].unit = unit[i];
+        for (int v = 0; v < WEIGHT_VECTORS; v += 4) {
+            uint8_t *const high = weights[i].high + v * VF_LANES;
+            uint8_t *const low = weights[i].low + v * VF_LANES;
             vi rounded[4];
-            for (int v = 0; v < 4; v++) {
-                rounded[v] = vi_from_vf(vf_mul(vf_load(scaled[i] + t + v * VF_LANES), factor));
+            for (int j = 0; j < 4; j++) rounded[j] = vi_from_vf(vf_mul(scaled[i][v + j], by));
+            if (in_two >> i & 1) {
+                vi_store_sixes(high, low, rounded);
+                continue;
             }
-            if (low) {
-                for (int v = 0; v < 4; v++) {
-                    vi_store_i8((int8_t *)weights[i].low + t + v * VF_LANES, rounded[v]);
-                }
-                memset(weights[i].high + t, 0, 4 * VF_LANES);
-            } else {
-                vi_store_sixes(weights[i].high + t, weights[i].low + t, rounded);
-            }
+            for (int j = 0; j < 4; j++) vi_store_i8((int8_t *)low + j * VF_LANES, rounded[j]);
+            if (in_two) memset(high, 0, 4 * VF_LANES);
         }
-        weights[i].unit = largest[i] / most * scale_unit;
-        all_low = all_low && low;
     }
-    return all_low;
 }
 
-/* s0 and s1 weighed by what the tokens from t on weigh for one query. */
+/* For the queries of a group; returns whether the low planes hold all of it. */
+KV_INLINE bool weigh_tokens(const int nq, token_weights *weights, const float *p,
+                            const uint8_t *scales, float scale_unit) {
+    vf scale[WEIGHT_VECTORS], scaled[KV_QUERIES][WEIGHT_VECTORS], top[KV_QUERIES], sum[KV_QUERIES];
+    for (int v = 0; v < WEIGHT_VECTORS; v++) scale[v] = vf_load_u8(scales + v * VF_LANES);
+    for (int i = 0; i < KV_QUERIES; i++) top[i] = sum[i] = vf_zero();
+    KV_EACH(i, nq) {
+        for (int v = 0; v < WEIGHT_VECTORS; v++) {
+            scaled[i][v] = vf_mul(vf_load(p + i * KVQ_BLOCK + v * VF_LANES), scale[v]);
+            top[i] = vf_max(top[i], scaled[i][v]);
+            sum[i] = vf_add(sum[i], scaled[i][v]);
+        }
+    }
+    const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE)), twelve_bits = vf_set(4095);
 #if VW_LOW_BYTES
-#define KV_LOW_PLANE(ADD, LOAD)                                                                    \
-    if (all_low) return ADD(sum, LOAD(weights->low + t), s0, s1);
+    const vf weighed = vf_max(vf_sums(sum), vf_set(KV_SCALE_OF_ONE)), eight_bits = vf_set(255);
+    const vf spare = vf_sub(weighed, vf_mul(largest, vf_set(KV_BYTES_ENOUGH)));
+    const unsigned in_two = vf_negative(spare);
+    const unsigned all = (1u << nq) - 1; /* lanes without a query have no bit */
+    if (in_two == 0) { /* branches are foreseen: the quotients need not wait for `spare` */
+        store_weights(nq, weights, scaled, largest, eight_bits, scale_unit, 0);
+        return true;
+    }
+    if (in_two == all) {
+        store_weights(nq, weights, scaled, largest, twelve_bits, scale_unit, all);
+    } else {
+        const vf most = vf_where_negative(spare, twelve_bits, eight_bits);
+        store_weights(nq, weights, scaled, largest, most, scale_unit, in_two);
+    }
 #else
-#define KV_LOW_PLANE(ADD, LOAD) (void)all_low;
+    store_weights(nq, weights, scaled, largest, twelve_bits, scale_unit, ~0u);
+#endif
+    return false;
+}
+
+/* s0 and s1 weighed by what the tokens from t on weigh for one query, and what such sums come to.
+ */
+#if VW_LOW_BYTES
+#define KV_LOW_PLANE(RESULT)                                                                       \
+    if (all_low) return RESULT;
+#else
+#define KV_LOW_PLANE(RESULT) (void)all_low;
 #endif
 KV_INLINE vw vw_weigh(const bool all_low, vw sum, const token_weights *weights, int t, vb s0,
                       vb s1) {
-    KV_LOW_PLANE(vw_add_low, v8_load)
+    KV_LOW_PLANE(vw_add_low(true, sum, v8_load(weights->low + t), s0, s1))
     return vw_add(sum, v8_load(weights->high + t), v8_load(weights->low + t), s0, s1);
 }
-KV_INLINE vp vp_weigh(const bool all_low, vp sum, const token_weights *weights, int t, vb s0,
-                      vb s1) {
-    KV_LOW_PLANE(vp_add_low, v16_load)
+KV_INLINE vp vp_weigh(const int nq, const bool all_low, vp sum, const token_weights *weights, int t,
+                      vb s0, vb s1) {
+    (void)nq;
+    KV_LOW_PLANE(vp_add_low(nq < KV_QUERIES, sum, v16_load(weights->low + t), s0, s1))
     return vp_add(sum, v16_load(weights->high + t), v16_load(weights->low + t), s0, s1);
+}
+KV_INLINE vi vw_weighed(const bool all_low, vw sum) {
+    KV_LOW_PLANE(vw_total_low(sum))
+    return vw_total(sum);
+}
+KV_INLINE vi vp_weighed(const bool all_low, vp x, vp y) {
+    KV_LOW_PLANE(vp_total_low(x, y))
+    return vp_total(x, y);
 }
 #undef KV_LOW_PLANE
 
@@ -409,8 +455,8 @@ KV_INLINE void c8_add(const int nq, const bool all_low, vp *x, vp *y, vb code0, 
     const vb x0 = vb_lookup16(x_of, code0), x1 = vb_lookup16(x_of, code1);
     const vb y0 = vb_lookup16(y_of, code0), y1 = vb_lookup16(y_of, code1);
     KV_EACH(i, nq) {
-        x[i] = vp_weigh(all_low, x[i], &weights[i], t, x0, x1);
-        y[i] = vp_weigh(all_low, y[i], &weights[i], t, y0, y1);
+        x[i] = vp_weigh(nq, all_low, x[i], &weights[i], t, x0, x1);
+        y[i] = vp_weigh(nq, all_low, y[i], &weights[i], t, y0, y1);
     }
 }
 
@@ -429,7 +475,7 @@ KV_INLINE void c8_weigh(const int nq, const bool all_low, float *o, int d, const
     c8_add(nq, all_low, x, y, vb_select(two_bits, vi_shr(word[0], 6), vi_shr(word[2], 4)),
            vb_select(two_bits, vi_shr(word[1], 6), vi_shr(word[2], 5)), weights, 48);
     KV_EACH(i, nq) {
-        const vf sum = vf_from_vi(vp_total(x[i], y[i]));
+        const vf sum = vf_from_vi(vp_weighed(all_low, x[i], y[i]));
         float *const to = o + i * d;
         vf_store(to, vf_fma(sum, vf_set(weights[i].unit), vf_load(to)));
     }
@@ -442,7 +488,7 @@ KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint
     const uint8_t *scales = block + KVQ_C8_SCALES, *const words = block + kvq_c8_words(sh);
     for (int first = 0; first < d; first += group, scales += KVQ_BLOCK) {
         token_weights weights[KV_QUERIES];
-        const bool all_low = weigh_tokens(weights, p, nq, scales, unit);
+        const bool all_low = weigh_tokens(nq, weights, p, scales, unit);
         for (int c = first; c < first + group; c += VF_LANES) {
             const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
             if (VW_LOW_BYTES && all_low)

@@ -55,7 +55,7 @@ KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *pl
         const vf mean = vf_load_i8(means + c);
         KV_EACH(i, nq) sum[i] = vf_fma(vf_load(x + i * d + c), mean, sum[i]);
     }
-    vf_sums(totals, sum);
+    vf_store_four(totals, vf_sums(sum));
     KV_EACH(i, nq) m[i].at_mean = load_half(block) * totals[i];
     for (int plane = 1; plane < MIXED_PLANES; plane++) {
         const int run = planes[plane].run, n = sh->run[run];
@@ -69,11 +69,11 @@ KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *pl
             const vf scale = vf_load_u8(scales + c); /* units lie behind the scales: times 0 */
             KV_EACH(i, nq) {
                 const vf y = vf_mul(vf_load_first(x + i * d + c, n - c), scale);
-                top[i] = vf_max(top[i], vf_abs(y));
+                top[i] = vf_max_abs(top[i], y);
                 vf_store(scaled[i] + c, y);
             }
         }
-        vf_largests(largest, top);
+        vf_store_four(largest, vf_largests(top));
         KV_EACH(i, nq) {
             inverse[i] = vf_set(largest[i] > KV_NEGLIGIBLE ? 127.0f / largest[i] : 0.0f);
             q_sum[i] = vi_zero();
@@ -90,7 +90,7 @@ KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *pl
             }
         }
         KV_EACH(i, nq) sum[i] = vf_from_vi(q_sum[i]);
-        vf_sums(totals, sum);
+        vf_store_four(totals, vf_sums(sum));
         KV_EACH(i, nq) {
             m[i].unit[plane] = unit * largest[i];
             m[i].at_mean -= m[i].unit[plane] * middle[run] * totals[i];
@@ -107,31 +107,31 @@ KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], co
                          size_t stride, int units, const mixed_query *m, int at) {
     const int fields = 8 / bits, top = (1 << bits) - 1;           /* fields: of a byte */
     const int most_units = vd_most(127 * top) / (2 * fields) * 2; /* that a sum can take */
-    const vb mask = vb_set(top);
-    while (units > 0) {
-        const int left = units - most_units;
+    const bool at_once = most_units >= KVQ_D_MAX / 4;             /* known: one sum for all */
+    const vb low = vb_set(top), next = vb_set(top << bits);
+    do {
+        const int left = at_once ? 0 : units - most_units;
         vd sum[KV_QUERIES][2];
         KV_EACH(i, nq) sum[i][0] = sum[i][1] = vd_zero();
         for (; units > 0 && units > left; units -= 2, codes += 64) {
             vb packed[2];
             vb_load_units(packed, codes, stride, units);
             _Pragma("GCC unroll 4") for (int j = 0; j < fields; j += 2, at += 8) {
-                const vb code00 = vb_shr(packed[0], bits * j, mask);
-                const vb code01 = vb_shr(packed[0], bits * j + bits, mask);
-                const vb code10 = vb_shr(packed[1], bits * j, mask);
-                const vb code11 = vb_shr(packed[1], bits * j + bits, mask);
+                vb code[2][2];
+                vd_fields(code[0], packed[0], j, bits, low, next);
+                vd_fields(code[1], packed[1], j, bits, low, next);
                 KV_EACH(i, nq) {
                     const v8 q = v8_load(m[i].q + at);
-                    sum[i][0] = vd_add(sum[i][0], code00, code01, q);
-                    sum[i][1] = vd_add(sum[i][1], code10, code11, q);
+                    sum[i][0] = vd_add(sum[i][0], code[0][0], code[0][1], q);
+                    sum[i][1] = vd_add(sum[i][1], code[1][0], code[1][1], q);
                 }
             }
         }
         KV_EACH(i, nq) {
-            dot[i][0] = vi_add(dot[i][0], vd_total(sum[i][0]));
-            dot[i][1] = vi_add(dot[i][1], vd_total(sum[i][1]));
+            dot[i][0] = vi_add(dot[i][0], vd_total(sum[i][0], bits));
+            dot[i][1] = vi_add(dot[i][1], vd_total(sum[i][1], bits));
         }
-    }
+    } while (!at_once && units > 0);
 }
 
 KV_INLINE void score_mixed_group(const int nq, float *s, const float *x, const uint8_t *block,
@@ -215,7 +215,7 @@ KV_INLINE void trellis_weigh(const int nq, const bool all_low, const int bits, v
         before = word;
     }
     KV_EACH(i, nq) {
-        const vf total = vf_from_vi(vw_total(sum[i]));
+        const vf total = vf_from_vi(vw_weighed(all_low, sum[i]));
         float *const to = o + i * d;
         vf_store(to, vf_fma(total, vf_set(weights[i].unit), vf_load(to)));
     }
@@ -226,7 +226,7 @@ KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *l
     const vb levels = vb_set16(level);
     token_weights weights[KV_QUERIES];
     const float unit = load_half(block) * KVQ_LEVEL_UNIT;
-    const bool all_low = weigh_tokens(weights, p, nq, block + 4, unit);
+    const bool all_low = weigh_tokens(nq, weights, p, block + 4, unit);
     for (int c = 0; c < d; c += VF_LANES) {
         const uint8_t *const words = block + KVQ_T_HEADER + (c / 16 * 2 * bits * 16 + c % 16) * 4;
         if (VW_LOW_BYTES && all_low)

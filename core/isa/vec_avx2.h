@@ -252,7 +252,9 @@ static inline float load_half(const void *p) {
 static inline vf vf_set_half(const void *p) {
     return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)kvq_load_u16(p)));
 }
-static inline vf vf_abs(vf a) { return _mm256_andnot_ps(vf_set(-0.0f), a); }
+static inline vf vf_max_abs(vf a, vf b) { /* the larger of magnitudes, for a >= 0 */
+    return _mm256_max_ps(a, _mm256_andnot_ps(vf_set(-0.0f), b));
+}
 
 /* The first n of the numbers at p, zeros in the other lanes; n may be any number. */
 static inline vf vf_load_first(const float *p, int n) {
@@ -260,20 +262,23 @@ static inline vf vf_load_first(const float *p, int n) {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(vi_set(n), lane));
 }
 
-/* Of four vectors, the sum or the largest of all lanes of each. The order of the additions is the
- * same for all. */
+/* Of four vectors, the sum or the largest of all lanes of each, in the first four lanes; zeros in
+ * the others. The order of the additions is the same for all. */
 #define VF_OF_EACH(NAME, OP)                                                                       \
-    static inline void NAME(float out[4], const vf a[4]) {                                         \
+    static inline vf NAME(const vf a[4]) {                                                         \
         __m128 h[4];                                                                               \
         for (int i = 0; i < 4; i++) {                                                              \
             h[i] = OP(_mm256_castps256_ps128(a[i]), _mm256_extractf128_ps(a[i], 1));               \
         }                                                                                          \
         const __m128 ab = OP(_mm_unpacklo_ps(h[0], h[1]), _mm_unpackhi_ps(h[0], h[1]));            \
         const __m128 cd = OP(_mm_unpacklo_ps(h[2], h[3]), _mm_unpackhi_ps(h[2], h[3]));            \
-        _mm_storeu_ps(out, OP(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));                      \
+        return _mm256_zextps128_ps256(OP(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));           \
     }
 VF_OF_EACH(vf_sums, _mm_add_ps)
 VF_OF_EACH(vf_largests, _mm_max_ps)
+static inline void vf_store_four(float *p, vf a) { /* the first four lanes */
+    _mm_storeu_ps(p, _mm256_castps256_ps128(a));
+}
 
 /* Adds lanes whose numbers differ by `half`, a constant power of two below VF_LANES: the lower one
  * of a pair becomes their sum, the other the lower one minus the other. */
@@ -324,15 +329,25 @@ static inline v16 v16_load(const void *p) {
 
 /* vd: sums of products u * s with s in -127..127, each lane those of its four bytes, in the end
  * (vd_total). Until then a half of a lane takes vd_most(m) products of magnitudes up to m; one
- * vd_add gives it four. */
+ * vd_add gives it four. u[2] are the fields j and j + 1 of `bits` bits, as vd_fields takes them out
+ * of bytes; `low` has the bits of field 0 and `next` those of field 1. */
 #define VD_TOKENS 1 /* vectors of tokens that are summed side by side */
 typedef vi vd;
+#define vd_fields(u, packed, j, bits, low, next)                                                   \
+    do {                                                                                           \
+        (u)[0] = vb_shr(packed, (bits) * (j), low);                                                \
+        (u)[1] = vb_shr(packed, (bits) * (j) + (bits), low);                                       \
+        (void)(next);                                                                              \
+    } while (0)
 static inline int vd_most(int m) { return 32767 / m; }
 static inline vd vd_zero(void) { return vi_zero(); }
 static inline vd vd_add(vd sum, vb u0, vb u1, v8 s) {
     return vi_add16(sum, vi_add16(vi_madd_u8s8(u0, s.first), vi_madd_u8s8(u1, s.last)));
 }
-static inline vi vd_total(vd sum) { return vi_widen16(sum); }
+static inline vi vd_total(vd sum, int bits) {
+    (void)bits;
+    return vi_widen16(sum);
+}
 
 /* vw: sums of weighed bytes, each lane those of its four. A weight of 12 bits comes as its high and
  * low six: two products fit 16 bits then, and a second two may be added to them. */

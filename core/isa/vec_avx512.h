@@ -226,9 +226,9 @@ static inline float load_half(const void *p) {
 static inline vf vf_set_half(const void *p) {
     return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)kvq_load_u16(p)));
 }
-static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+static inline vf vf_max_abs(vf a, vf b) { return _mm512_range_ps(a, b, 11); }
 #define VF_OF_EACH(NAME, OP)                                                                       \
-    static inline void NAME(float out[4], const vf a[4]) {                                         \
+    static inline vf NAME(const vf a[4]) {                                                         \
         const __m512 ab =                                                                          \
             _mm512_##OP(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));           \
         const __m512 cd =                                                                          \
@@ -236,10 +236,15 @@ static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
         const __m512 q =                                                                           \
             _mm512_##OP(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));         \
         const __m256 h = _mm256_##OP(_mm512_castps512_ps256(q), _mm512_extractf32x8_ps(q, 1));     \
-        _mm_storeu_ps(out, _mm_##OP(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));      \
+        return _mm512_zextps128_ps512(                                                             \
+            _mm_##OP(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));                     \
     }
 VF_OF_EACH(vf_sums, add_ps)
 VF_OF_EACH(vf_largests, max_ps)
+static inline void vf_store_four(float *p, vf a) { _mm_storeu_ps(p, _mm512_castps512_ps128(a)); }
+static inline unsigned vf_negative(vf a) { /* a bit for each lane */
+    return _mm512_movepi32_mask(_mm512_castps_si512(a));
+}
 
 #define vf_butterfly(a, half) /* as in vec_avx2.h */                                               \
     ((half) == 1   ? vf_add_or_sub(_mm512_permute_ps(a, 0xb1), a, 0xaaaa)                          \
@@ -283,14 +288,27 @@ static inline v16 v16_load(const void *p) {
     return (v16){vb_set8(bytes), vb_set8(bytes + 8)};
 }
 
+/* Every other field stays where it is, `bits` higher, and has a sum of its own: fewer shifts, and
+ * chains of sums enough to hide the latency of products. */
 #define VD_TOKENS 2
-typedef vi vd;
-static inline int vd_most(int m) { return INT32_MAX / 2 / m; }
-static inline vd vd_zero(void) { return vi_zero(); }
+typedef struct vd {
+    vi here, higher;
+} vd;
+static inline int vd_most(int m) { return INT32_MAX / 32 / m; }
+static inline vd vd_zero(void) { return (vd){vi_zero(), vi_zero()}; }
+#define vd_fields(u, packed, j, bits, low, next)                                                   \
+    do {                                                                                           \
+        const vb shifted = _mm512_srli_epi16(packed, (bits) * (j));                                \
+        (u)[0] = vb_and(shifted, low);                                                             \
+        (u)[1] = vb_and(shifted, next);                                                            \
+    } while (0)
 static inline vd vd_add(vd sum, vb u0, vb u1, v8 s) {
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, u0, s.first), u1, s.last);
+    sum.here = _mm512_dpbusd_epi32(sum.here, u0, s.first);
+    sum.higher = _mm512_dpbusd_epi32(sum.higher, u1, s.last);
+    __asm__("" : "+v"(sum.here), "+v"(sum.higher)); /* in place */
+    return sum;
 }
-static inline vi vd_total(vd sum) { return sum; }
+#define vd_total(sum, bits) vi_add((sum).here, _mm512_srai_epi32((sum).higher, bits))
 
 typedef struct vw {
     vi high, low;
@@ -304,12 +322,21 @@ static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
 }
 static inline vi vw_total(vw sum) { return vi_add(vi_shl(sum.high, 6), sum.low); }
 
-/* The low plane takes whole bytes here. */
+/* The low plane takes whole bytes here. Alone it may have two sums, for the first four weights and
+ * the last: products of few queries would wait for each other. */
 #define VW_LOW_BYTES 1
-static inline vw vw_add_low(vw sum, v8 low, vb s0, vb s1) {
-    sum.low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum.low, low.first, s0), low.last, s1);
+static inline vw vw_add_low(const bool two_sums, vw sum, v8 low, vb s0, vb s1) {
+    if (two_sums) {
+        sum.high = _mm512_dpbusd_epi32(sum.high, low.first, s0);
+        sum.low = _mm512_dpbusd_epi32(sum.low, low.last, s1);
+        __asm__("" : "+v"(sum.high), "+v"(sum.low)); /* in place */
+    } else {
+        sum.low = _mm512_dpbusd_epi32(sum.low, low.first, s0);
+        sum.low = _mm512_dpbusd_epi32(sum.low, low.last, s1);
+    }
     return sum;
 }
+static inline vi vw_total_low(vw sum) { return vi_add(sum.high, sum.low); }
 
 typedef vw vp;
 static inline vp vp_zero(void) { return vw_zero(); }
@@ -317,8 +344,11 @@ static inline vb vb_load_pairs(const uint8_t *p) { return vb_load(p); }
 static inline vp vp_add(vp sum, v16 high, v16 low, vb s0, vb s1) {
     return vw_add(sum, high, low, s0, s1);
 }
-static inline vp vp_add_low(vp sum, v16 low, vb s0, vb s1) { return vw_add_low(sum, low, s0, s1); }
+static inline vp vp_add_low(const bool two_sums, vp sum, v16 low, vb s0, vb s1) {
+    return vw_add_low(two_sums, sum, low, s0, s1);
+}
 static inline vi vp_total(vp x, vp y) { return vi_add_pairs(vw_total(x), vw_total(y)); }
+static inline vi vp_total_low(vp x, vp y) { return vi_add_pairs(vw_total_low(x), vw_total_low(y)); }
 
 static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
     /* the packs work in quarters of a vector */

@@ -33,7 +33,9 @@ static inline vf vf_sub(vf a, vf b) { return (vf){vsubq_f32(a.lo, b.lo), vsubq_f
 static inline vf vf_mul(vf a, vf b) { return (vf){vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)}; }
 static inline vf vf_div(vf a, vf b) { return (vf){vdivq_f32(a.lo, b.lo), vdivq_f32(a.hi, b.hi)}; }
 static inline vf vf_max(vf a, vf b) { return (vf){vmaxq_f32(a.lo, b.lo), vmaxq_f32(a.hi, b.hi)}; }
-static inline vf vf_abs(vf a) { return (vf){vabsq_f32(a.lo), vabsq_f32(a.hi)}; }
+static inline vf vf_max_abs(vf a, vf b) {
+    return (vf){vmaxq_f32(a.lo, vabsq_f32(b.lo)), vmaxq_f32(a.hi, vabsq_f32(b.hi))};
+}
 static inline vf vf_fma(vf a, vf b, vf c) { /* a * b + c */
     return (vf){vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi)};
 }
@@ -157,13 +159,14 @@ static inline vf vf_exp(vf x) { return (vf){exp_of_four(x.lo), exp_of_four(x.hi)
 /* ---- words of the KV kernels -------------------------------------------------------------- */
 
 #define VF_OF_EACH(NAME, OP, PAIRS)                                                                \
-    static inline void NAME(float out[4], const vf a[4]) {                                         \
+    static inline vf NAME(const vf a[4]) {                                                         \
         const float32x4_t ab = PAIRS(OP(a[0].lo, a[0].hi), OP(a[1].lo, a[1].hi));                  \
         const float32x4_t cd = PAIRS(OP(a[2].lo, a[2].hi), OP(a[3].lo, a[3].hi));                  \
-        vst1q_f32(out, PAIRS(ab, cd));                                                             \
+        return (vf){PAIRS(ab, cd), vdupq_n_f32(0)};                                                \
     }
 VF_OF_EACH(vf_sums, vaddq_f32, vpaddq_f32)
 VF_OF_EACH(vf_largests, vmaxq_f32, vpmaxq_f32)
+static inline void vf_store_four(float *p, vf a) { vst1q_f32(p, a.lo); }
 
 /* table[index & 7], or [index & 15], in each lane: bytes 4 index to 4 index + 3 of the table */
 static inline uint8x16_t bytes_of_lanes(int32x4_t index, int most) {
@@ -228,13 +231,22 @@ static inline v16 v16_load(const void *p) { return vld1q_s8(p); }
 
 #define VD_TOKENS 2 /* vectors of tokens that are summed side by side */
 typedef vi vd;
+#define vd_fields(u, packed, j, bits, low, next)                                                   \
+    do {                                                                                           \
+        (u)[0] = vb_shr(packed, (bits) * (j), low);                                                \
+        (u)[1] = vb_shr(packed, (bits) * (j) + (bits), low);                                       \
+        (void)(next);                                                                              \
+    } while (0)
 static inline int vd_most(int m) { return INT32_MAX / 2 / m; }
 static inline vd vd_zero(void) { return vi_zero(); }
 static inline vd vd_add(vd sum, vb u0, vb u1, v8 s) {
     sum = (vd){DOT8(sum.lo, u0.lo, s, 0), DOT8(sum.hi, u0.hi, s, 0)};
     return (vd){DOT8(sum.lo, u1.lo, s, 1), DOT8(sum.hi, u1.hi, s, 1)};
 }
-static inline vi vd_total(vd sum) { return sum; }
+static inline vi vd_total(vd sum, int bits) {
+    (void)bits;
+    return sum;
+}
 
 typedef struct vw {
     vd high, low;

@@ -51,7 +51,7 @@ $(foreach variant,$(SIM_VARIANTS),$(eval $(call SIM_RULES,$(variant))))
 # names; and with the core. Kernels come first: of an inline function that several objects have, the
 # instrumented one is taken. Its argument is the variant, so that it can do less where that is slow.
 CUDA_KERNELS_attend = attend decode merge
-CUDA_KERNELS_cache = cache
+CUDA_KERNELS_cache = cache merge
 CUDA_KERNELS_weights = elementwise gemm matvec
 CUDA_SOURCES_attend = attend_case.c
 
@@ -152,14 +152,17 @@ cuda-driver: $(BUILD)/cuda/test_driver $(FAKE_CUDA) $(BUILD)/cuda/fake/libcuda_o
 # ---- sessions on the stand-in -------------------------------------------------------------------
 #
 # The CUDA device behind the Python package. A process loads one driver in its life, so these run in
-# one that has the stand-in; elsewhere they skip. An extension without kernels fails them.
+# one that has the stand-in; elsewhere they skip. An extension without kernels fails them. The tests
+# of sessions and models run there too: PYKVQ_TEST_DEVICE says where tests/conftest.py opens models.
 
 CUDA_PYTHON = tests/test_cuda_device.py tests/test_cuda_session.py tests/test_cuda_faults.py \
-              tests/test_cancelled_pass.py
+              tests/test_cancelled_pass.py \
+              $(patsubst %,tests/test_%.py,session generation observe_simulate model perplexity \
+              cli cli_kv)
 
 .PHONY: cuda-python
 cuda-python: ext $(FAKE_CUDA) $(VENV)/.ready-dev ## test sessions on the CUDA device, on the stand-in
-	KVQ_LIBCUDA=$(abspath $(FAKE_CUDA)) $(PY) -m pytest $(CUDA_PYTHON)
+	KVQ_LIBCUDA=$(abspath $(FAKE_CUDA)) PYKVQ_TEST_DEVICE=cuda $(PY) -m pytest $(CUDA_PYTHON)
 
 # ---- what kernels take of a GPU -----------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-/* test_cache.cpp: the kernels of cache.cu on the simulator against the C core, byte by byte.
+/* test_cache.cpp: the kernels of cache.cu on the simulator against the C core, byte by byte; and
+ * what merge.cu has of bases.
  *
  * usage: test_cache [variant]      fewer orders of threads where it is not o2, which has no
  * checkers
@@ -18,12 +19,13 @@
 #define _Static_assert static_assert /* C11's, in headers of the core */
 extern "C" {
 #include "cuda/cuda_layout.h"
+#include "cuda/kernels/attend_args.h"
 #include "cuda/kernels/prepare_args.h"
 #include "isa/isa.h"
 #include "kv/kv_ring.h"
 
 void kvq_cuda_prepare(const kvq_cuda_prepare_args a);
-void kvq_cuda_restore(const kvq_cuda_restore_args a);
+void kvq_cuda_merge(const kvq_cuda_merge_args a);
 void kvq_cuda_seal(const kvq_cuda_seal_args a);
 void kvq_cuda_append(const kvq_cuda_append_args a);
 }
@@ -533,7 +535,12 @@ void bases_are_those_of_the_core(int d_head, int group, int n, int n_batch) {
     const std::vector<float> q = normals((size_t)(n * queries * d_head), 1);
     const std::vector<float> kv[2] = {normals((size_t)(n * n_heads * d_head), 2),
                                       normals((size_t)(n * n_heads * d_head), 3)};
+    std::vector<float> partial; /* of one split: numbers, largest score, sum of weights */
     const std::vector<float> o = normals((size_t)(n * queries * d), 4);
+    for (size_t i = 0; i < o.size(); i += (size_t)d) {
+        partial.insert(partial.end(), &o[i], &o[i] + d);
+        partial.insert(partial.end(), {0.5f, 1.0f});
+    }
     float *const prepared = layer.memory.take<float>((size_t)(n_batch * queries * d));
     float *const out = layer.memory.take<float>((size_t)(n * queries * d_head));
     const dim3 grid((unsigned)((n_batch * group + KVQ_CUDA_VECTORS - 1) / KVQ_CUDA_VECTORS),
@@ -555,9 +562,9 @@ void bases_are_those_of_the_core(int d_head, int group, int n, int n_batch) {
                                                prepared};
         check(launch(kvq_cuda_prepare, grid, kvq_cuda_basis_shared(d), prepare),
               where + ": prepare runs without errors");
-        const kvq_cuda_restore_args restore = {layer.cache, o.data(), out};
-        check(launch(kvq_cuda_restore, dim3(grid.x, grid.y), kvq_cuda_basis_shared(d), restore),
-              where + ": restore runs without errors");
+        const kvq_cuda_merge_args merge = {layer.cache, partial.data(), out, 1, 0};
+        check(launch(kvq_cuda_merge, dim3((unsigned)(n * group), (unsigned)n_heads), 0, merge),
+              where + ": merge runs without errors");
         for (int t = 0; t < n; t++) {
             for (int h = 0; h < queries; h++) {
                 const int head = h / group;
@@ -569,7 +576,8 @@ void bases_are_those_of_the_core(int d_head, int group, int n, int n_batch) {
                 check(difference(y, x.data(), (size_t)d * 4) < 0,
                       where + text(": query head %d of token %d, basis %s", h, t, kind));
                 const kvq_basis &basis = tracks[(size_t)(n_heads + head)].basis;
-                memcpy(x.data(), &o[(size_t)((t * queries + h) * d)], (size_t)d * 4);
+                const int row = (head * n + t) * group + h % group;
+                memcpy(x.data(), &o[(size_t)(row * d)], (size_t)d * 4);
                 kvq_basis_restore(&basis, &kvq_isa_ref, x.data(), 1, d);
                 check(difference(out + (size_t)((t * queries + h) * d_head), x.data(),
                                  (size_t)d_head * 4) < 0,

@@ -1,6 +1,6 @@
-/* cache.cu: vectors on their way into the cache and out of it: into the basis (kvq_cuda_prepare),
- * into sealed blocks (kvq_cuda_seal), to sinks and recent rows (kvq_cuda_append), outputs back
- * (kvq_cuda_restore). What kv/kv_attend.c and kv/kv_ring.c do on the CPU, to the bit.
+/* cache.cu: vectors on their way into the cache: into the basis (kvq_cuda_prepare), into sealed
+ * blocks (kvq_cuda_seal), to sinks and recent rows (kvq_cuda_append). What kv/kv_attend.c and
+ * kv/kv_ring.c do on the CPU, to the bit.
  *
  * Compiled without contraction of products into sums (-fmad=false). Tensors, launch shapes and
  * order: prepare_args.h.
@@ -20,7 +20,7 @@
  * to make room for more, which shared memory would not hold. */
 enum { FIT = 4 };
 
-/* ---- into the basis and back ------------------------------------------------------------- */
+/* ---- into the basis ---------------------------------------------------------------------- */
 
 enum kvq_kind { KVQ_PREPARE_QUERIES, KVQ_PREPARE_KEYS, KVQ_PREPARE_VALUES };
 
@@ -74,33 +74,6 @@ extern "C" __global__ void __launch_bounds__(KVQ_CUDA_CACHE_THREADS, FIT)
         prepare<KVQ_CUDA_VECTORS>(a, x, first, m, head, kind);
 }
 KVQ_EXPORT_KERNEL(kvq_cuda_prepare)
-
-template <int N>
-static __device__ __forceinline__ void restore(const kvq_cuda_restore_args &a, float *x, int first,
-                                               int m, int head) {
-    const kvq_cuda_cache &cache = a.cache;
-    const int d = cache.d, d_head = cache.d_head, group = cache.group;
-    load_vectors<N>(x, a.o, first, m, head, cache.n_heads, group, d, d, 1.0f);
-    const float *const y = kvq_restore<N>(cache.tracks[cache.n_heads + head], x, x + N * d, d);
-    for (KVQ_EACH(i, m * d_head)) {
-        const int v = first + i / d_head, c = i % d_head, t = v / group;
-        const size_t row = ((size_t)t * cache.n_heads + head) * group + v % group;
-        a.out[row * d_head + c] = y[i / d_head * d + c];
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(KVQ_CUDA_CACHE_THREADS, FIT)
-    kvq_cuda_restore(const kvq_cuda_restore_args a) {
-    KVQ_SHARED_MEMORY(float, x);
-    const int head = (int)blockIdx.y, first = (int)blockIdx.x * KVQ_CUDA_VECTORS;
-    const int m = min(a.cache.step->n * a.cache.group - first, KVQ_CUDA_VECTORS);
-    if (m <= 0) return;
-    if (m == 1)
-        restore<1>(a, x, first, m, head);
-    else
-        restore<KVQ_CUDA_VECTORS>(a, x, first, m, head);
-}
-KVQ_EXPORT_KERNEL(kvq_cuda_restore)
 
 /* ---- into blocks ------------------------------------------------------------------------- */
 

@@ -1,43 +1,7 @@
-/* elementwise.cu: the small operations between the products: embedding, norm, RoPE, gate. */
-#include "cuda/kernels/weight_units.cuh"
+/* elementwise.cu: the small operations between the products: norm, RoPE, gate. */
+#include "cuda/kernels/port.cuh"
 
 #include "cuda/kernels/elementwise_args.h"
-
-/* ---- embedding --------------------------------------------------------------------------- */
-
-namespace {
-
-template <typename BLOCK, typename UNIT> KVQ_DEVICE void embed(const kvq_cuda_embed_args &a) {
-    const int u = (int)(blockIdx.x * blockDim.x + threadIdx.x), t = (int)blockIdx.y;
-    if (32 * u >= a.d_model) return;
-    const size_t row_bytes = (size_t)(a.d_model / BLOCK::block * BLOCK::bytes);
-    UNIT unit;
-    unit.load(a.w + (size_t)a.tokens[t] * row_bytes, u, a.d_model);
-    const kvq_unit_scales s = unit.scales();
-    float *const x = a.x + (size_t)t * a.d_model;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float v[8];
-        unit.values(v, i);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int run = j / 4, column = UNIT::column(u, i + 4 * run) + j % 4;
-            if (column >= a.d_model) continue;
-            x[column] = UNIT::quantized ? s.scale[run] * v[j] + s.offset[run] : v[j];
-        }
-    }
-}
-
-} // namespace
-
-#define KVQ_WEIGHT(NAME, ID, BLOCK, BYTES)                                                         \
-    extern "C" __global__ void __launch_bounds__(KVQ_ELEMENTWISE_THREADS)                          \
-        kvq_cuda_embed_##NAME(const kvq_cuda_embed_args a) {                                       \
-        embed<kvq_block_##NAME, kvq_unit_##NAME>(a);                                               \
-    }                                                                                              \
-    KVQ_EXPORT_KERNEL(kvq_cuda_embed_##NAME)
-#include "weights.def"
-#undef KVQ_WEIGHT
 
 /* ---- norm -------------------------------------------------------------------------------- */
 

@@ -6,19 +6,7 @@
 
 #include <stdint.h>
 
-enum {
-    KVQ_ELEMENTWISE_THREADS = 256,
-    KVQ_EMBED_UNIT = 32, /* columns that a thread of kvq_cuda_embed unpacks */
-};
-
-/* x[t] = row tokens[t] of the matrix w. kvq_cuda_embed_FORMAT: blocks (ceil(d_model /
- * (KVQ_EMBED_UNIT * KVQ_ELEMENTWISE_THREADS)), n); every token is below the rows of w. */
-typedef struct kvq_cuda_embed_args {
-    const uint8_t *w; /* begins on a multiple of 16 */
-    const int32_t *tokens;
-    float *x; /* [n][d_model] */
-    int32_t n, d_model;
-} kvq_cuda_embed_args;
+enum { KVQ_ELEMENTWISE_THREADS = 256 };
 
 /* y[t][i] = x[t][i] * w[i] / sqrt(mean(x[t]^2) + epsilon). Blocks: n. */
 typedef struct kvq_cuda_norm_args {

@@ -1,9 +1,8 @@
 /* prepare_args.h: arguments and shapes of the kernels of cache.cu, for the host and the device; C11
  * and C++14.
  *
- * Order within a layer: kvq_cuda_prepare, attention, kvq_cuda_restore (unless attention calls
- * kvq_restore of basis.cuh itself), kvq_cuda_seal, kvq_cuda_append. Seal reads recent rows that
- * append overwrites.
+ * Order within a layer: kvq_cuda_prepare, attention (attend_args.h), kvq_cuda_seal,
+ * kvq_cuda_append. Seal reads recent rows that append overwrites.
  */
 #ifndef KVQ_CUDA_PREPARE_ARGS_H
 #define KVQ_CUDA_PREPARE_ARGS_H
@@ -22,15 +21,6 @@ typedef struct kvq_cuda_prepare_args {
     const float *q, *k, *v; /* [n][n_heads * group][d_head], [n][n_heads][d_head] */
     float *prepared;        /* [n_heads][n_batch][group][d] */
 } kvq_cuda_prepare_args;
-
-/* Outputs of attention out of the basis of the values.
- *
- * Grid: (ceil(n_batch * group / KVQ_CUDA_VECTORS), n_heads), kvq_cuda_basis_shared(d) bytes. */
-typedef struct kvq_cuda_restore_args {
-    kvq_cuda_cache cache;
-    const float *o; /* [n][n_heads * group][d] */
-    float *out;     /* [n][n_heads * group][d_head] */
-} kvq_cuda_restore_args;
 
 /* The blocks that the pass fills, as kvq_codecs[].encode writes them.
  *
@@ -69,7 +59,7 @@ KVQ_BOTH size_t kvq_cuda_seal_scratch(int d) {
     return fits > trellis ? fits : trellis;
 }
 
-/* Within the 48 KiB that every GPU gives without asking for d <= 256; beyond, the host asks. */
+/* Within the 48 KiB that every GPU gives without asking, for heads of up to KVQ_CUDA_D_MAX. */
 KVQ_BOTH size_t kvq_cuda_seal_shared(int d) {
     return KVQ_BLOCK * (size_t)kvq_cuda_row_stride(d) * sizeof(uint16_t) +
            kvq_cuda_seal_scratch(d) * sizeof(float);

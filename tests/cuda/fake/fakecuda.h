@@ -5,9 +5,11 @@
  *   FAKECUDA_VERSION=12090        newest CUDA that the driver claims to know (13000)
  *   FAKECUDA_CAPABILITY=75        compute capability of all devices, 10 * major + minor (87)
  *   FAKECUDA_MEMORY=1000000       bytes of each device (4 GiB)
+ *   FAKECUDA_INTEGRATED=1         their memory is said to be the host's (0)
  *   FAKECUDA_FAIL=cuMemAlloc_v2:3 the third call of this function fails with CUDA_ERROR_UNKNOWN;
  *                                 a third part is the number of another error. A function that
- *                                 releases something does so before it fails.
+ *                                 releases something does so before it fails. `any` counts the
+ *                                 calls of all functions but cuGetErrorName and cuGetErrorString.
  *
  * CUSIM_ORDER, which the simulator reads, sets the order of threads and blocks.
  */
@@ -29,6 +31,9 @@ int fakecuda_violations(void);
 
 /* Calls of a function of the driver so far, also those that failed. */
 int fakecuda_calls(const char *function);
+
+/* The function of call `number`, from 1, as `any` counts them; empty beyond the last. */
+const char *fakecuda_called(int number);
 
 /* Reads the environment again and counts calls from 0 again, so that a process can try one fault or
  * one amount of memory after the other. The number of devices stays. */

@@ -1,7 +1,7 @@
 /* libcuda.cpp: devices, memory, streams and events of the stand-in for libcuda.so.1, a library of
- * the functions of the driver that pykvq calls, for tests to load in its place. It is stricter than
- * a driver, in order to find what only happens to work: see memory.h and stream.h, and `valid`.
- * NVIDIA's cuda.h, which it includes, checks the signatures.
+ * the functions of the driver that pykvq and its benchmarks call, for tests to load in its place.
+ * It is stricter than a driver, in order to find what only happens to work: see memory.h and
+ * stream.h, and `valid`. NVIDIA's cuda.h, which it includes, checks the signatures.
  */
 #include <chrono>
 #include <cstdio>
@@ -166,7 +166,7 @@ EXPORTED CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute,
             *value = fakecuda::most_shared(capability);
             break;
         case CU_DEVICE_ATTRIBUTE_INTEGRATED:
-            *value = capability == 87 || capability == 110;
+            *value = state().settings.integrated;
             break;
         default:
             return CUDA_ERROR_INVALID_VALUE;
@@ -190,14 +190,6 @@ EXPORTED CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
         CUctx_st &context = state().devices[static_cast<size_t>(device)];
         if (context.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
         if (--context.retained == 0) context.spoiled = CUDA_SUCCESS;
-        return CUDA_SUCCESS;
-    });
-}
-
-EXPORTED CUresult cuCtxSetCurrent(CUcontext context) {
-    return state().call(__func__, Needs::INITIALIZED, [&]() -> CUresult {
-        if (!state().stack().empty()) state().stack().pop_back();
-        if (context) state().stack().push_back(context);
         return CUDA_SUCCESS;
     });
 }

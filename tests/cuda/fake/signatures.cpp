@@ -29,14 +29,9 @@ SAME(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 SAME(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
 SAME(CU_STREAM_CAPTURE_MODE_RELAXED)
 SAME(CU_STREAM_NON_BLOCKING)
-SAME(CU_EVENT_DEFAULT)
-SAME(CU_EVENT_DISABLE_TIMING)
 
 static_assert(std::is_same<kvq::CUdevice, CUdevice>::value, "CUdevice");
 static_assert(std::is_same<kvq::CUdeviceptr, CUdeviceptr>::value, "CUdeviceptr");
-
-#undef cuEventElapsedTime // cuda.h means its second version
-extern "C" CUresult cuEventElapsedTime(float *, CUevent, CUevent);
 
 #define KVQ_CUDA_API(name, symbol, parameters)                                                     \
     static_assert(std::is_same<CUresult parameters, decltype(symbol)>::value, #symbol);

@@ -28,6 +28,7 @@ void State::read_environment() {
     settings.version = atoi(environment("FAKECUDA_VERSION", "13000"));
     settings.capability = atoi(environment("FAKECUDA_CAPABILITY", "87"));
     settings.bytes = strtoull(environment("FAKECUDA_MEMORY", "4294967296"), nullptr, 10);
+    settings.integrated = atoi(environment("FAKECUDA_INTEGRATED", "0")) != 0;
     settings.failing.clear();
     settings.failing_with = CUDA_ERROR_UNKNOWN;
     const std::string fail = environment("FAKECUDA_FAIL", "");
@@ -58,7 +59,10 @@ CUcontext State::current() const { return stack().empty() ? nullptr : stack().ba
 CUresult State::count_call(const char *name) {
     if (!environment_read_) read_environment();
     const int n = ++n_calls_[name];
-    const bool fails = name == settings.failing && n == settings.failing_call;
+    calls_.push_back(name);
+    const bool fails = settings.failing == "any"
+                           ? static_cast<int>(calls_.size()) == settings.failing_call
+                           : name == settings.failing && n == settings.failing_call;
     return fails ? settings.failing_with : CUDA_SUCCESS;
 }
 
@@ -67,10 +71,17 @@ int State::calls(const char *function) {
     return n_calls_[function];
 }
 
+const char *State::called(int number) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    const bool was_made = number >= 1 && static_cast<size_t>(number) <= calls_.size();
+    return was_made ? calls_[static_cast<size_t>(number) - 1] : "";
+}
+
 void State::reread() {
     const std::lock_guard<std::mutex> guard(lock_);
     read_environment();
     n_calls_.clear();
+    calls_.clear();
 }
 
 bool State::is_release(const std::string &name) {
@@ -153,4 +164,5 @@ int most_shared(int capability) {
 EXPORTED int fakecuda_leaks() { return fakecuda::state().leaks(); }
 EXPORTED int fakecuda_violations() { return fakecuda::state().violations(); }
 EXPORTED int fakecuda_calls(const char *function) { return fakecuda::state().calls(function); }
+EXPORTED const char *fakecuda_called(int number) { return fakecuda::state().called(number); }
 EXPORTED void fakecuda_reread() { fakecuda::state().reread(); }

@@ -47,6 +47,7 @@ template <class T> class Handles {
 struct Settings { // what the environment says
     int n_devices = 1, version = 13000, capability = 87;
     size_t bytes = size_t{4} << 30;
+    bool integrated = false;
     std::string failing; // function
     int failing_call = 0;
     CUresult failing_with = CUDA_ERROR_UNKNOWN;
@@ -89,6 +90,7 @@ class State {
     int leaks() const;
     int violations() const { return n_violations_; }
     int calls(const char *function);
+    const char *called(int number);
     void reread();
 
     Settings settings;
@@ -107,6 +109,7 @@ class State {
 
     std::mutex lock_;
     std::map<std::string, int> n_calls_;
+    std::vector<const char *> calls_; // their functions
     bool initialized_ = false, environment_read_ = false;
     int n_violations_ = 0;
 
