@@ -58,7 +58,7 @@ typedef struct kvq_span {
     int held;             /* tokens in the cache before them: the position of the first */
     const float *cos_sin; /* [n][d_rope] of their positions, in memory of the host */
     float *logits;        /* where LOGITS go in the end, in memory of the host; NULL: not wanted */
-    bool is_watched;      /* buffers will be read between the steps */
+    bool is_watched;      /* buffers will be read before the last step */
 } kvq_span;
 
 typedef struct kvq_device kvq_device;

@@ -70,8 +70,7 @@ kvq_status kvq_forward_run(kvq_forward *f, const kvq_pass *pass) {
                            .held = f->rings[0].n,
                            .cos_sin = f->cpu.cos_sin,
                            .logits = pass->which == KVQ_LOGITS_NONE ? NULL : pass->logits,
-                           .is_watched =
-                               f->observer || (pass->which != KVQ_LOGITS_NONE && !f->head_on_gpu)};
+                           .is_watched = f->observer != NULL};
     const kvq_status room = kvq_forward_reserve(f, kvq_ring_sealed_after(&f->rings[0], span.n));
     if (room != KVQ_OK) return room;
     kvq_cpu_embed(&f->cpu, pass->tokens, span.n, span.held);

@@ -45,7 +45,7 @@ class StandIn:
 
     def set(self, **variables: str | int) -> None:
         """Sets FAKECUDA_ variables by the rest of their names, and unsets all others."""
-        for name in ("MEMORY", "FAIL", "INTEGRATED"):
+        for name in ("MEMORY", "FAIL", "INTEGRATED", "PROCESSORS"):
             os.environ.pop(f"FAKECUDA_{name}", None)
         os.environ.update({f"FAKECUDA_{name}": str(value) for name, value in variables.items()})
         self._library.fakecuda_reread()

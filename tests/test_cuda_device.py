@@ -15,7 +15,7 @@ from stand_in import StandIn
 from pykvq import Model, Session
 from pykvq.calibrate import calibrate
 from pykvq.native_device import devices
-from pykvq.profile import beside, write_profile
+from pykvq.profile import Profile, beside, write_profile
 
 N_PROMPT, N_STEPS = 250, 16  # under a window of 128 a block is sealed at 197, and one at 261
 SCHEMES = ("f16", "q8_0", "q4_0", "nqkv", "nqkv-3", "asymkv", "skvq-k2v2", "skvq-g32")
@@ -143,39 +143,117 @@ def test_schemes_with_a_profile_seal_and_read_as_on_the_cpu(tmp_path: Path, kv: 
         compare(model, kv)
 
 
-@pytest.mark.parametrize("kv", ["skvq", "f16", "q8_0", "q4_0", "nqkv", "nqkv-3", "asymkv"])
+def sealed_on(model: Model, device: str, kv: str, **options: Any) -> list[bytes]:
+    """The blocks of the first layer."""
+    with model.session(kv=kv, n_ctx=512, device=device, **options) as session:
+        run(session, TOKENS[:N_PROMPT], TOKENS[N_PROMPT : N_PROMPT + N_STEPS])
+        blocks = blocks_of(session, 0)
+    assert len(blocks) >= 2 * 2 * 2
+    return blocks
+
+
+#: By name, or with what it takes for the first layer to have the other codecs.
+SEALING = [
+    *(pytest.param(kv, {}, id=kv) for kv in ("skvq", "skvq-k2v2", "f16", "q8_0", "q4_0")),
+    *(pytest.param(kv, {}, id=kv) for kv in ("nqkv", "nqkv-3", "nqkv-2", "asymkv-4")),
+    *(pytest.param("asymkv", {"asymkv_layers": (n, n)}, id=f"asymkv-{n}") for n in (0, 1)),
+]
+
+
+@pytest.mark.parametrize(("kv", "options"), SEALING)
 @pytest.mark.parametrize("d_head", [64, 128])
 def test_blocks_have_the_bytes_that_the_cpu_encodes_of_the_same_rows(
-    model_of: Any, d_head: int, kv: str
+    model_of: Any, d_head: int, kv: str, options: dict[str, Any]
 ) -> None:
     model = model_of(Shape(d_head=d_head, n_kv_heads=2, n_layers=1, exact=True))
+    blocks = sealed_on(model, "cpu", kv, **options)
+    assert sealed_on(model, "cuda", kv, **options) == blocks
+
+
+def with_exact_bases(profile: Profile) -> Profile:
+    """Bases that only permute and turn signs, and waves that are powers of 2: what devices make of
+    a row with them depends neither on the order of sums nor on products fused into them."""
+    rng = np.random.default_rng(5)
+    arrays = {}
+    for name in ("k_basis", "v_basis"):
+        basis = np.zeros_like(profile.arrays[name])
+        for head in basis.reshape(-1, *basis.shape[-2:]):
+            channels = rng.permutation(len(head))
+            head[np.arange(len(head)), channels] = rng.choice([-1, 1], len(head))
+        arrays[name] = basis
+    waves = np.zeros_like(profile.arrays["k_wave"])
+    waves[..., :12] = np.exp2(rng.integers(-2, 2, waves[..., :12].shape))  # 6 pairs of at most 8
+    return profile.with_arrays(**arrays, k_wave=waves)
+
+
+@pytest.mark.parametrize("kv", ["svdq", "svdq-1.25", "svdq-steps", "auto"])
+@pytest.mark.parametrize("d_head", [64, 128])
+def test_blocks_in_bases_of_a_profile_have_the_bytes_that_the_cpu_encodes(
+    tmp_path: Path, d_head: int, kv: str
+) -> None:
+    shape = Shape(d_head=d_head, n_kv_heads=2, n_layers=1, exact=True)
+    path = write_random(tmp_path / "random.gguf", shape)
+    with Model(path, n_threads=2, device="cpu") as model:
+        text = " ".join(f"and the {i * i % 97} in her" for i in range(100))
+        profile = calibrate(model, [("text", text)], n_tokens=512, n_ctx=256)
+    profile = with_exact_bases(profile)
+    still = profile.with_arrays(k_wave=np.zeros_like(profile.arrays["k_wave"]))
     blocks = {}
-    for device in ("cpu", "cuda"):
-        with model.session(kv=kv, n_ctx=512, device=device) as session:
-            run(session, TOKENS[:N_PROMPT], TOKENS[N_PROMPT : N_PROMPT + N_STEPS])
-            blocks[device] = blocks_of(session, 0)
-    assert len(blocks["cpu"]) >= 2 * 2 * 2
-    assert blocks["cuda"] == blocks["cpu"]
+    for name, kept in (("waves", profile), ("none", still)):
+        write_profile(beside(path), kept)
+        with Model(path, n_threads=1) as model:
+            blocks[name] = sealed_on(model, "cpu", kv)
+            assert sealed_on(model, "cuda", kv) == blocks[name]
+    assert blocks["waves"] != blocks["none"]
 
 
 # ---- passes -----------------------------------------------------------------------------------
 
 
+GRAPH = {"kv": "skvq", "n_ctx": 512, "kv_window": 64}
+
+
+def test_tokens_that_seal_blocks_and_tokens_that_do_not_are_as_on_the_cpu(model_of: Any) -> None:
+    model = model_of(Shape(n_layers=1))
+    prompt, steps = TOKENS[:140], TOKENS[140:290]
+    with model.session(device="cpu", **GRAPH) as cpu:
+        expected, n_sealed = run(cpu, prompt, steps), cpu.stats.n_tokens_sealed
+    with model.session(device="cuda", **GRAPH) as cuda:
+        found = run(cuda, prompt, steps)
+        assert cuda.stats.n_tokens_sealed == n_sealed == 192
+    assert distance(found, expected) < 0.05
+
+
 def test_one_graph_serves_tokens_that_seal_blocks_and_tokens_that_do_not(
     model_of: Any, gpu: StandIn
 ) -> None:
-    model = model_of(Shape(n_layers=1))
-    options = {"kv": "skvq", "n_ctx": 512, "kv_window": 64}
-    prompt, steps = TOKENS[:140], TOKENS[140:290]
-    with model.session(device="cpu", **options) as cpu:
-        expected, n_sealed = run(cpu, prompt, steps), cpu.stats.n_tokens_sealed
-    with model.session(device="cuda", **options) as cuda:
+    steps = TOKENS[140:290]
+    with model_of(Shape(n_layers=1)).session(device="cuda", **GRAPH) as session:
         gpu.set()
-        found = run(cuda, prompt, steps)
+        run(session, TOKENS[:140], steps)
         assert gpu.calls("cuGraphInstantiateWithFlags") == 1
         assert gpu.calls("cuGraphLaunch") == len(steps) - 1  # the first one loads kernels
-        assert cuda.stats.n_tokens_sealed == n_sealed == 192
+
+
+def test_layers_whose_output_is_on_the_cpu_are_a_graph_too(model_of: Any, gpu: StandIn) -> None:
+    model = model_of(Shape(n_layers=2))
+    prompt, steps = TOKENS[:20], TOKENS[20:80]
+    with model.session(device="cpu", **GRAPH) as session:
+        expected = run(session, prompt, steps)
+    with model.session(device="cuda", n_gpu_layers=1, **GRAPH) as session:
+        gpu.set()
+        found = run(session, prompt, steps)
+        assert gpu.calls("cuGraphLaunch") == len(steps) - 1
     assert distance(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("kv", ["f16", "skvq"])
+@pytest.mark.parametrize("n_kv_heads", [1, 3])
+def test_contexts_that_many_processors_share_are_as_on_the_cpu(
+    model_of: Any, gpu: StandIn, n_kv_heads: int, kv: str
+) -> None:
+    gpu.set(PROCESSORS=132)  # one head's context is cut into as many parts as may be
+    compare(model_of(Shape(n_kv_heads=n_kv_heads, n_layers=1)), kv)
 
 
 @pytest.mark.parametrize("n_batch", [1, 5, 16, 48])

@@ -17,7 +17,7 @@ import pytest
 from random_models import Shape, write_random
 from stand_in import StandIn
 
-from pykvq import Cancelled, MemoryLimitError, Model, UnsupportedError
+from pykvq import Cancelled, DeviceError, MemoryLimitError, Model, UnsupportedError
 
 TOKENS = [int(i) for i in np.random.default_rng(5).integers(0, 256, 400)]
 SHAPE = Shape(n_layers=4, d_model=128, d_ff=256)
@@ -389,3 +389,20 @@ def test_a_driver_that_is_too_old_for_the_kernels_is_told(path: Path) -> None:
     nothing, why = elsewhere(program, path, FAKECUDA_VERSION="11040")
     assert nothing == "None"
     assert why.startswith("The CUDA driver 11.4 is older than")
+
+
+def test_a_forked_process_cannot_have_the_driver_of_the_other(gpu: StandIn, model: Model) -> None:
+    model.session(device="cuda").close()
+    end, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            model.session(device="cuda")
+        except DeviceError as error:
+            os.write(start, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(start)
+    os.waitpid(child, 0)
+    with os.fdopen(end) as pipe:
+        assert "before this process was forked" in pipe.read()

@@ -25,9 +25,10 @@ LITTLE = shlex.split(
 )
 
 
-def run(library: str | Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, as it loads one driver in its life."""
-    environment = {**os.environ, "KVQ_LIBCUDA": str(library), "FAKECUDA_MEMORY": "400000000"}
+def run(library: str | Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as it loads one driver in its life, with further variables."""
+    stand_in = {"KVQ_LIBCUDA": str(library), "FAKECUDA_MEMORY": "400000000"}
+    environment = {**os.environ, **stand_in, **variables}
     command = [sys.executable, *words]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300
@@ -35,11 +36,21 @@ def run(library: str | Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def check(
-    library: str | Path, model: Path, folder: Path, script: str = "bench/gpu_check.py"
+    library: str | Path,
+    model: Path,
+    folder: Path,
+    script: str = "bench/gpu_check.py",
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs the script on little; without the tests of the device, which run beside this one."""
     place = ("--no-tests", "--folder", str(folder))
-    return run(library, *shlex.split(script), str(model), *LITTLE, *place)
+    return run(library, *shlex.split(script), str(model), *LITTLE, *place, **variables)
+
+
+def with_limit(name: str, limit: float) -> str:
+    """The script with another value of a constant."""
+    program = f"import gpu_check, sys; gpu_check.{name} = {limit}; sys.exit(gpu_check.main())"
+    return f"-c 'import sys; sys.path.append(\"bench\"); {program}'"
 
 
 @pytest.fixture
@@ -72,6 +83,7 @@ def test_a_device_is_compared_with_the_cpu_and_measured(
     record = json.loads((tmp_path / "gpu-simulated-device-0-tiny.json").read_text())
     assert record["gpu"]["name"] == record["device"]["name"] == "cuda:0"
     assert record["copy_bytes_per_second"] > 0
+    assert record["kl_of_kernels"] < 1e-5
     assert set(record["against_cpu"]) == {"skvq", "f16"}
     for found in record["against_cpu"].values():
         assert found["tokens_sealed"] == 192
@@ -95,12 +107,22 @@ def test_a_device_is_compared_with_the_cpu_and_measured(
 def test_a_device_that_is_wrong_fails_the_check(
     model: Path, tmp_path: Path, stand_in: Path
 ) -> None:
-    strict = "import gpu_check, sys; gpu_check.MOST_KL = 1e-12; sys.exit(gpu_check.main())"
-    done = check(
-        stand_in, model, tmp_path, f"-c 'import sys; sys.path.append(\"bench\"); {strict}'"
-    )
+    done = check(stand_in, model, tmp_path, with_limit("MOST_KL", 1e-12))
     assert done.returncode == 1
     assert "at most 1e-12 was expected." in done.stdout
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_device_whose_tensor_cores_have_no_subnormal_halves_fails_the_check(
+    model: Path, tmp_path: Path, stand_in: Path
+) -> None:
+    script = with_limit("MOST_KL_OF_KERNELS", 1e-5)  # random heads look around anyway
+    done = check(stand_in, model, tmp_path, script, CUSIM_MMA="flushing")
+    assert done.returncode == 1
+    assert done.stdout.endswith(
+        "at most 1e-05 was expected: the tensor cores of cuda:0 may take subnormal halves for 0, on"
+        " which core/cuda/kernels/decode.cu rests.\n"
+    )
     assert not list(tmp_path.glob("*.json"))
 
 

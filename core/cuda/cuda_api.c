@@ -12,6 +12,8 @@
 #include <dlfcn.h>
 #endif
 
+static bool is_forked; /* from the process that opened the driver, which serves that one alone */
+
 /* ---- the system's loader ------------------------------------------------------------------ */
 
 #if defined(_WIN32)
@@ -32,6 +34,8 @@ static kvq_status fail_to_open(const char *name) {
                     name, GetLastError());
 }
 
+static void watch_forks(void) {}
+
 #else
 
 #define USUAL_LIBRARY "libcuda.so.1"
@@ -44,6 +48,10 @@ static kvq_status fail_to_open(const char *name) {
     const char *const why = dlerror();
     return kvq_fail(KVQ_ERR_DEVICE, "There is no CUDA driver: %.400s.", why ? why : name);
 }
+
+static void note_fork(void) { is_forked = true; }
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, note_fork); }
 
 #endif
 
@@ -119,6 +127,7 @@ static kvq_status find_driver(void) {
 }
 
 static void load(void) {
+    watch_forks();
     driver.status = find_driver();
     if (driver.status != KVQ_OK) {
         snprintf(driver.why_not, sizeof driver.why_not, "%s", kvq_error());
@@ -129,6 +138,11 @@ kvq_status kvq_cuda_api_get(const kvq_cuda_api **out) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, load);
     if (driver.status != KVQ_OK) return kvq_fail(driver.status, "%s", driver.why_not);
+    if (is_forked) {
+        return kvq_fail(KVQ_ERR_DEVICE,
+                        "The CUDA driver was opened before this process was forked, and serves the "
+                        "other one alone: open it only after the fork, or spawn processes.");
+    }
     *out = &driver.api;
     return KVQ_OK;
 }

@@ -330,6 +330,7 @@ static void begin(kvq_device *device, const kvq_span *span, const float *x) {
     stage(cuda, &at, cuda->step, &step, sizeof step);
     stage(cuda, &at, cuda->cos_sin, span->cos_sin, n * c->d_rope * sizeof(float));
     stage(cuda, &at, cuda->buffer[KVQ_BUFFER_X], x, n * c->d_model * sizeof(float));
+    if (cuda->status != KVQ_OK) return;
     const kvq_cuda_graph *const graph = graph_of(cuda);
     if (span->n > 1 || span->is_watched || !graph->has_run) return;
     if (graph->recorded) {
@@ -564,16 +565,6 @@ static void gate(kvq_device *device) {
                     (unsigned)cuda->span.n, 1, KVQ_ELEMENTWISE_THREADS, 0, &args);
 }
 
-static bool read_buffer(kvq_device *device, kvq_buffer buffer, float *out, size_t n) {
-    kvq_cuda *const cuda = kvq_cuda_of(device);
-    if (cuda->status != KVQ_OK) return false;
-    kvq_cuda_did(cuda,
-                 cuda->api->cuMemcpyDtoHAsync(out, kvq_cuda_address(cuda->buffer[buffer]),
-                                              n * sizeof *out, cuda->stream),
-                 "cuMemcpyDtoHAsync of %zu numbers", n);
-    return kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
-}
-
 /* Whether the pass was not stopped between layers. */
 static bool is_complete(const kvq_cuda *cuda) {
     const kvq_ring *const last = &cuda->device.rings[config_of(cuda)->n_layers - 1];
@@ -600,13 +591,23 @@ static void run_recorded(kvq_cuda *cuda) {
     }
 }
 
+static bool read_buffer(kvq_device *device, kvq_buffer buffer, float *out, size_t n) {
+    kvq_cuda *const cuda = kvq_cuda_of(device);
+    if (cuda->mode == KVQ_CUDA_RECORDS) run_recorded(cuda);
+    if (cuda->status != KVQ_OK) return false;
+    kvq_cuda_did(cuda,
+                 cuda->api->cuMemcpyDtoHAsync(out, kvq_cuda_address(cuda->buffer[buffer]),
+                                              n * sizeof *out, cuda->stream),
+                 "cuMemcpyDtoHAsync of %zu numbers", n);
+    return kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
+}
+
 static kvq_status finish(kvq_device *device) {
     kvq_cuda *const cuda = kvq_cuda_of(device);
     if (cuda->mode == KVQ_CUDA_RECORDS) run_recorded(cuda);
     if (cuda->logits_rows <= cuda->n_logits) fetch_logits(cuda, 0, cuda->logits_rows);
-    if (cuda->status == KVQ_OK) {
-        kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
-    }
+    /* After a failure, too: logits that were asked for may still be on their way. */
+    kvq_cuda_did(cuda, cuda->api->cuStreamSynchronize(cuda->stream), "cuStreamSynchronize");
     if (cuda->span.n == 1 && is_complete(cuda)) graph_of(cuda)->has_run = true;
     cuda->mode = KVQ_CUDA_RUNS;
     kvq_cuda_leave(cuda);

@@ -65,15 +65,16 @@ typedef struct upload {
     kvq_status status;
 } upload;
 
-/* Whether the upload goes on. The caller's code may open and close sessions, so nothing is locked
- * meanwhile: the weights are not in the list yet. */
+/* Whether the upload goes on. Others may open and close sessions meanwhile, the caller's code among
+ * them: the weights are not in the list yet. */
 static bool report(const upload *u, uint64_t bytes) {
-    if (!u->progress) return true;
+    bool goes_on = true;
     pthread_mutex_unlock(&lock);
-    const int32_t stop =
-        u->progress(u->user, (int32_t)(bytes >> 20), (int32_t)(u->weights->bytes >> 20));
+    if (u->progress) {
+        goes_on = !u->progress(u->user, (int32_t)(bytes >> 20), (int32_t)(u->weights->bytes >> 20));
+    }
     pthread_mutex_lock(&lock);
-    return !stop;
+    return goes_on;
 }
 
 static void copy_tensor(void *context, const kvq_tensor *from, kvq_tensor *to) {

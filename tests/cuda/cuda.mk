@@ -75,6 +75,11 @@ $(foreach test,$(CUDA_TESTS),$(foreach variant,$(SIM_VARIANTS),\
 cuda-kernels: $(CUDA_TESTS:%=cuda-%) ## test the CUDA kernels on the simulator, also under sanitizers and for races
 $(CUDA_TESTS:%=cuda-%): cuda-%: $(SIM_VARIANTS:%=cuda-\%-%)
 
+# Those that multiply on tensor cores, with sums that are cut off as such cores do (cusim.h, Mma).
+.PHONY: cuda-truncating
+cuda-truncating: $(BUILD)/cuda/o2/test_attend $(BUILD)/cuda/o2/test_weights ## test the CUDA kernels with sums as tensor cores make them
+	@for program in $^; do CUSIM_MMA=truncating $$program truncating || exit 1; done
+
 # ---- the simulator itself -----------------------------------------------------------------------
 
 # Its unit tests hold kernels, so they are compiled like kernel files.
@@ -128,7 +133,15 @@ FAKE_CUDA_SOURCES = $(sort $(wildcard $(FAKE)/*.cpp $(FAKE)/*.cu))
 CUDA_INCLUDE = $(shell $(NVCC) -dryrun -x cu -c /dev/null -o /dev/null 2>&1 | \
                  sed -n 's/.* INCLUDES="-I\([^"]*\)".*/\1/p')
 
-$(call sim_objects,o2,$(FAKE_CUDA_SOURCES)): SIM_CXXFLAGS += -isystem $(CUDA_INCLUDE)
+FAKE_STATIC_SHARED = $(BUILD)/cuda/fake/static_shared.inc
+
+$(FAKE_STATIC_SHARED): tests/cuda/resources.txt
+	@mkdir -p $(@D)
+	awk '/^kvq_cuda_/ { printf "{\"%s\", %s},\n", $$1, $$(NF - 2) }' $< >$@
+
+$(call sim_objects,o2,$(FAKE_CUDA_SOURCES)): SIM_CXXFLAGS += -isystem $(CUDA_INCLUDE) \
+                                                             -I$(BUILD)/cuda/fake
+$(call sim_objects,o2,$(FAKE)/libcuda_kernels.cpp): $(FAKE_STATIC_SHARED)
 $(FAKE_CUDA): $(call sim_objects,o2,$(CUDA_KERNELS) $(FAKE_CUDA_SOURCES) $(SIM_SOURCES)) \
               $(FAKE)/exports.map
 	@mkdir -p $(@D)
@@ -204,7 +217,7 @@ test-cuda: $(VENV)/.ready-dev $(if $(NVCC),,cuda-toolkit) ## build the CUDA kern
 	$(MAKE) --no-print-directory -j$(JOBS) -Otarget $(CUDA_13)
 	$(MAKE) --no-print-directory ext
 	$(MAKE) --no-print-directory -j$(JOBS) -Otarget sim-test sim-defects cuda-resources \
-		cuda-kernels cuda-driver cuda-python cuda-ptx
+		cuda-kernels cuda-truncating cuda-driver cuda-python cuda-ptx
 else
 test-cuda: ## build the CUDA kernels and run all their tests; no GPU is needed
 	@echo "test-cuda is skipped: nvcc and the simulator's tools are for Linux."

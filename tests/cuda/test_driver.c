@@ -440,13 +440,84 @@ static const char *shared_memory_is_limited(void) {
     bench b;
     const char *const broke = setup(&b);
     if (broke) return broke;
-    const unsigned more = (48 << 10) + 16;
+    const unsigned unasked = (48 << 10) - PROBE_SHARED, more = unasked + 16;
+    const int most = (163 << 10) - PROBE_SHARED;
     const CUfunction_attribute limit = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     probe_args args = {(uint32_t *)(uintptr_t)b.memory, N, 1};
+    TEST_CHECK(launch_with(&b, &args, unasked, b.stream) == CUDA_SUCCESS);
     TEST_CHECK(launch_with(&b, &args, more, b.stream) == CUDA_ERROR_INVALID_VALUE);
-    TEST_CHECK(b.api->cuFuncSetAttribute(b.probe, limit, (163 << 10) + 1) != CUDA_SUCCESS);
-    TEST_CHECK(b.api->cuFuncSetAttribute(b.probe, limit, (int)more) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuFuncSetAttribute(b.probe, limit, most + 1) == CUDA_ERROR_INVALID_VALUE);
+    TEST_CHECK(b.api->cuFuncSetAttribute(b.probe, limit, most) == CUDA_SUCCESS);
     TEST_CHECK(launch_with(&b, &args, more, b.stream) == CUDA_SUCCESS);
+    return teardown(&b, 0);
+}
+
+static const char *launch_bounds_hold(void) {
+    bench b;
+    const char *const broke = setup(&b);
+    if (broke) return broke;
+    for (unsigned threads = PROBE_THREADS; threads <= PROBE_THREADS + 1; threads++) {
+        probe_args args = {(uint32_t *)(uintptr_t)b.memory, N, 1};
+        const CUresult result =
+            b.api->cuLaunchKernel(b.probe, 1, 1, 1, threads, 1, 1, threads * sizeof(uint32_t),
+                                  b.stream, (void *[]){&args}, NULL);
+        TEST_CHECK(result == (threads > PROBE_THREADS ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS));
+    }
+    return teardown(&b, 0);
+}
+
+static const char *functions_end_with_their_module(void) {
+    bench b;
+    const char *const broke = setup(&b);
+    if (broke) return broke;
+    const CUfunction_attribute limit = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    TEST_CHECK(launch(&b, 1) == CUDA_SUCCESS);
+    kvq_cuda_kernels_close(&b.kernels, b.api);
+    TEST_CHECK(launch(&b, 1) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuFuncSetAttribute(b.probe, limit, 16) != CUDA_SUCCESS);
+    TEST_CHECK(violations() == 0);
+    TEST_CHECK(b.api->cuStreamSynchronize(b.stream) != CUDA_SUCCESS); /* of the first launch */
+    TEST_CHECK(violations() == 1);
+    return NULL;
+}
+
+static const char *streams_that_capture_are_not_destroyed(void) {
+    bench b;
+    CUgraph graph;
+    const char *const broke = setup(&b);
+    if (broke) return broke;
+    TEST_CHECK(b.api->cuStreamBeginCapture(b.stream, CU_STREAM_CAPTURE_MODE_RELAXED) ==
+               CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamDestroy(b.stream) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamEndCapture(b.stream, &graph) != CUDA_SUCCESS);
+    return teardown(&b, 1);
+}
+
+static const char *contexts_end_with_all_that_is_in_them(void) {
+    bench b;
+    CUdeviceptr more;
+    const char *const broke = setup(&b);
+    if (broke) return broke;
+    TEST_CHECK(b.api->cuDevicePrimaryCtxRelease(0) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuMemAlloc(&more, 4) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuCtxPushCurrent(b.context) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuDevicePrimaryCtxRetain(&b.context, 0) == CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuCtxPushCurrent(b.context) == CUDA_SUCCESS);
+    TEST_CHECK(launch(&b, 1) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuStreamSynchronize(b.stream) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuMemFree(b.memory) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuModuleUnload(b.kernels.modules[0]) != CUDA_SUCCESS);
+    TEST_CHECK(b.api->cuDevicePrimaryCtxRelease(0) == CUDA_SUCCESS);
+    TEST_CHECK(leaks() == 2 + KVQ_CUDA_MODULES); /* a stream and memory: nobody released them */
+    TEST_CHECK(violations() == 0);
+    return NULL;
+}
+
+static const char *addresses_are_aligned_as_promised(void) {
+    bench b;
+    const char *const broke = setup(&b);
+    if (broke) return broke;
+    TEST_CHECK(b.memory % 256 == 0 && b.memory % 512 != 0);
     return teardown(&b, 0);
 }
 
@@ -513,6 +584,11 @@ static const char *test_stand_in(void) {
         first_launches_in_captures_are_found,
         events_measure,
         shared_memory_is_limited,
+        launch_bounds_hold,
+        functions_end_with_their_module,
+        streams_that_capture_are_not_destroyed,
+        contexts_end_with_all_that_is_in_them,
+        addresses_are_aligned_as_promised,
         writes_behind_the_end_are_found,
         pointers_of_the_host_are_found,
         default_stream_is_refused,

@@ -6,6 +6,7 @@
  *   FAKECUDA_CAPABILITY=75        compute capability of all devices, 10 * major + minor (87)
  *   FAKECUDA_MEMORY=1000000       bytes of each device (4 GiB)
  *   FAKECUDA_INTEGRATED=1         their memory is said to be the host's (0)
+ *   FAKECUDA_PROCESSORS=132       multiprocessors of each device (16)
  *   FAKECUDA_FAIL=cuMemAlloc_v2:3 the third call of this function fails with CUDA_ERROR_UNKNOWN;
  *                                 a third part is the number of another error. A function that
  *                                 releases something does so before it fails. `any` counts the
@@ -21,12 +22,14 @@ extern "C" {
 #endif
 
 /* Objects that were made and not released: allocations, streams, events, modules, graphs, and how
- * often contexts are retained. */
+ * often contexts are retained. What went with its context, when that was released for the last
+ * time, counts on. */
 int fakecuda_leaks(void);
 
 /* Faults of the caller that a real driver would not have noticed, each printed when it was found:
- * memory written behind its end, host pointers given to a kernel, kernels whose first launch is
- * captured, races that the simulator saw. */
+ * memory written beside its ends, host pointers given to a kernel, kernels whose first launch is
+ * captured or that run after their module was unloaded, streams destroyed while they capture, races
+ * that the simulator saw. */
 int fakecuda_violations(void);
 
 /* Calls of a function of the driver so far, also those that failed. */

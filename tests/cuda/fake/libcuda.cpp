@@ -148,7 +148,7 @@ EXPORTED CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute,
             *value = capability % 10;
             break;
         case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
-            *value = 16;
+            *value = state().settings.n_processors;
             break;
         case CU_DEVICE_ATTRIBUTE_CLOCK_RATE:
             *value = 1300000;
@@ -189,7 +189,7 @@ EXPORTED CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
         if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
         CUctx_st &context = state().devices[static_cast<size_t>(device)];
         if (context.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
-        if (--context.retained == 0) context.spoiled = CUDA_SUCCESS;
+        if (--context.retained == 0) state().end(&context);
         return CUDA_SUCCESS;
     });
 }
@@ -197,6 +197,7 @@ EXPORTED CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
 EXPORTED CUresult cuCtxPushCurrent_v2(CUcontext context) {
     return state().call(__func__, Needs::INITIALIZED, [&]() -> CUresult {
         if (!context) return CUDA_ERROR_INVALID_CONTEXT;
+        if (context->retained == 0) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
         state().stack().push_back(context);
         return CUDA_SUCCESS;
     });
@@ -237,7 +238,7 @@ static CUresult release(uintptr_t begin, Kind kind) {
     state().drain_all();
     bool intact = true;
     if (!state().memory.release(begin, kind, &intact)) return CUDA_ERROR_INVALID_VALUE;
-    if (!intact) state().violation("memory was written behind its end");
+    if (!intact) state().violation("memory was written beside its ends");
     return intact ? CUDA_SUCCESS : CUDA_ERROR_ILLEGAL_ADDRESS;
 }
 
@@ -370,6 +371,11 @@ EXPORTED CUresult cuStreamSynchronize(CUstream stream) {
 EXPORTED CUresult cuStreamDestroy_v2(CUstream stream) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         if (!state().valid(stream)) return CUDA_ERROR_INVALID_HANDLE;
+        if (stream->capturing) {
+            state().violation("a stream was destroyed while it captures");
+            stream->capture_broken = true;
+            return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+        }
         const CUresult result = stream->drain(state().memory);
         state().streams.remove(stream);
         return result;

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "image.h"
+#include "probe_args.h"
 #include "state.h"
 
 using fakecuda::Kind;
@@ -19,7 +20,13 @@ using fakecuda::state;
 
 namespace {
 
-constexpr unsigned MOST_THREADS = 1024, MOST_DEPTH = 64, MOST_ROWS = 65535;
+constexpr unsigned MOST_DEPTH = 64, MOST_ROWS = 65535;
+
+/* Bytes of static shared memory, by tests/cuda/resources.txt. */
+const std::map<std::string, unsigned> static_shared = {
+#include "static_shared.inc"
+    {"kvq_cuda_probe", PROBE_SHARED},
+};
 
 bool is_mapped(uintptr_t address) {
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -45,7 +52,7 @@ void check_arguments(const CUfunc_st &function, const std::vector<unsigned char>
         if (!is_foreign(word)) continue;
         state().violation("%s was given %#zx, which is no address of its device, at byte %zu of "
                           "its arguments",
-                          function.name.c_str(), static_cast<size_t>(word), i);
+                          function.kernel->name.c_str(), static_cast<size_t>(word), i);
     }
 }
 
@@ -53,7 +60,7 @@ bool fits(const CUfunc_st &function, dim3 grid, dim3 block, unsigned shared_byte
     if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX) return false;
     if (grid.y > MOST_ROWS || grid.z > MOST_ROWS) return false;
     if (!block.x || !block.y || !block.z || block.z > MOST_DEPTH) return false;
-    if (uint64_t{block.x} * block.y * block.z > MOST_THREADS) return false;
+    if (uint64_t{block.x} * block.y * block.z > function.kernel->most_threads) return false;
     return shared_bytes <= function.most_dynamic_shared;
 }
 
@@ -74,7 +81,7 @@ EXPORTED CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 EXPORTED CUresult cuModuleUnload(CUmodule module) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         if (!state().modules.has(module)) return CUDA_ERROR_INVALID_HANDLE;
-        state().modules.remove(module);
+        state().unload(module);
         return CUDA_SUCCESS;
     });
 }
@@ -84,8 +91,15 @@ EXPORTED CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, con
         if (!state().modules.has(module)) return CUDA_ERROR_INVALID_HANDLE;
         const cusim::Kernel *const kernel = cusim::find_kernel(std::string(name));
         if (!kernel) return CUDA_ERROR_NOT_FOUND;
-        const CUfunc_st made{kernel, name, cusim::default_shared_limit, false};
-        *function = &module->functions.emplace(name, made).first->second;
+        CUfunction &known = module->functions[name];
+        if (!known) {
+            const auto row = static_shared.find(name);
+            const unsigned shared = row == static_shared.end() ? 0 : row->second;
+            known = state().functions.add(
+                {kernel, shared, static_cast<unsigned>(cusim::default_shared_limit) - shared,
+                 false});
+        }
+        *function = known;
         return CUDA_SUCCESS;
     });
 }
@@ -93,7 +107,9 @@ EXPORTED CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, con
 EXPORTED CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
                                      int value) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
-        const int most = fakecuda::most_shared(state().settings.capability);
+        if (!state().functions.has(function)) return CUDA_ERROR_INVALID_HANDLE;
+        const int most = fakecuda::most_shared(state().settings.capability) -
+                         static_cast<int>(function->static_shared);
         if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value < 0 ||
             value > most) {
             return CUDA_ERROR_INVALID_VALUE;
@@ -109,7 +125,9 @@ EXPORTED CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
                                  void **arguments, void **extra) {
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         const dim3 grid(grid_x, grid_y, grid_z), block(block_x, block_y, block_z);
-        if (!state().valid(stream)) return CUDA_ERROR_INVALID_HANDLE;
+        if (!state().valid(stream) || !state().functions.has(function)) {
+            return CUDA_ERROR_INVALID_HANDLE;
+        }
         if (!fits(*function, grid, block, shared_bytes) || extra) return CUDA_ERROR_INVALID_VALUE;
         std::vector<std::vector<unsigned char>> copies; // the caller's may be gone when it runs
         const std::vector<size_t> &sizes = function->kernel->parameter_sizes;
@@ -121,11 +139,15 @@ EXPORTED CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
         if (stream->capturing && !function->launched) {
             state().violation("%s is captured before it was ever launched: a driver may have to "
                               "load it then",
-                              function->name.c_str());
+                              function->kernel->name.c_str());
         }
         function->launched = true;
         const cusim::Kernel *const kernel = function->kernel;
         stream->push([=]() mutable -> CUresult {
+            if (!state().functions.has(function)) {
+                state().violation("%s runs after its module was unloaded", kernel->name.c_str());
+                return CUDA_ERROR_LAUNCH_FAILED;
+            }
             std::vector<void *> pointers;
             for (std::vector<unsigned char> &copy : copies) pointers.push_back(copy.data());
             const bool ran = cusim::launch(*kernel, grid, block, shared_bytes, pointers.data());
@@ -152,14 +174,16 @@ EXPORTED CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode m
     });
 }
 
+/* Whatever goes wrong, the capture ends. */
 EXPORTED CUresult cuStreamEndCapture(CUstream stream, CUgraph *graph) {
+    *graph = nullptr;
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
-        *graph = nullptr;
         if (!state().valid(stream)) return CUDA_ERROR_INVALID_HANDLE;
         if (!stream->capturing) return CUDA_ERROR_ILLEGAL_STATE;
         stream->capturing = false;
+        if (state().fault() != CUDA_SUCCESS) return state().fault();
         if (stream->capture_broken) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-        *graph = state().graphs.add({std::move(stream->captured)});
+        *graph = state().graphs.add({stream->context, std::move(stream->captured)});
         return CUDA_SUCCESS;
     });
 }
@@ -169,7 +193,7 @@ EXPORTED CUresult cuGraphInstantiateWithFlags(CUgraphExec *executable, CUgraph g
     return state().call(__func__, Needs::CONTEXT, [&]() -> CUresult {
         if (!state().graphs.has(graph)) return CUDA_ERROR_INVALID_HANDLE;
         if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
-        *executable = state().executables.add({graph->nodes});
+        *executable = state().executables.add({graph->context, graph->nodes});
         return CUDA_SUCCESS;
     });
 }

@@ -2,8 +2,9 @@
  *
  * A device's memory can be touched only while work of a stream runs: for the rest of the time its
  * pages are closed, so that host code that follows a device pointer crashes. It begins as 0xff
- * (NaN in every float format), stands between two closed pages, and what the last page has beyond
- * the allocation must still be 0xff when it is freed.
+ * (NaN in every float format) and stands between two closed pages. What its pages have before and
+ * behind it must still be 0xff when it is freed. Its address is a multiple of 256, which a driver
+ * promises, and of no more.
  */
 #pragma once
 
@@ -20,8 +21,10 @@ class Memory {
     /* The address; 0 if the system has none. `owner` tells devices apart. */
     uintptr_t allocate(size_t bytes, Kind kind, const void *owner);
 
-    /* False if nothing begins at the address. *intact: whether nothing was written behind it. */
+    /* False if nothing begins at the address. *intact: whether nothing was written beside it. */
     bool release(uintptr_t address, Kind kind, bool *intact);
+
+    size_t release_all(const void *owner); /* how many there were */
 
     /* Whether a range lies within one allocation of this kind and owner (NULL: of any). */
     bool holds(uintptr_t address, size_t bytes, Kind kind, const void *owner) const;
@@ -43,7 +46,7 @@ class Memory {
 
   private:
     struct Block {
-        size_t bytes, pages; /* as asked for; rounded up to whole pages */
+        size_t bytes, pages; /* as asked for; of the pages that hold it */
         Kind kind;
         const void *owner;
     };

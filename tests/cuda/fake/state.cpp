@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <type_traits>
 
 #include "fakecuda.h"
 
@@ -27,6 +28,7 @@ void State::read_environment() {
     settings.n_devices = atoi(environment("FAKECUDA_DEVICES", "1"));
     settings.version = atoi(environment("FAKECUDA_VERSION", "13000"));
     settings.capability = atoi(environment("FAKECUDA_CAPABILITY", "87"));
+    settings.n_processors = atoi(environment("FAKECUDA_PROCESSORS", "16"));
     settings.bytes = strtoull(environment("FAKECUDA_MEMORY", "4294967296"), nullptr, 10);
     settings.integrated = atoi(environment("FAKECUDA_INTEGRATED", "0")) != 0;
     settings.failing.clear();
@@ -85,7 +87,7 @@ void State::reread() {
 }
 
 bool State::is_release(const std::string &name) {
-    for (const char *const word : {"Free", "Destroy", "Unload", "Release"}) {
+    for (const char *const word : {"Free", "Destroy", "Unload", "Release", "EndCapture"}) {
         if (name.find(word) != std::string::npos) return true;
     }
     return false;
@@ -108,6 +110,33 @@ CUresult State::drain_all() {
 bool State::valid(CUstream stream) {
     if (!stream) violation("work was put into the default stream");
     return stream && streams.has(stream) && stream->context == current();
+}
+
+void State::unload(CUmodule module) {
+    for (const auto &[name, function] : module->functions) functions.remove(function);
+    modules.remove(module);
+}
+
+void State::end(CUcontext context) {
+    const auto remove = [&](auto &handles) {
+        const auto all = handles.all(); // a copy: the set itself shrinks
+        for (auto *const object : all) {
+            if (object->context != context) continue;
+            if constexpr (std::is_same_v<decltype(object), CUmod_st *const>) {
+                unload(object);
+            } else {
+                handles.remove(object);
+            }
+            n_lost_++;
+        }
+    };
+    remove(streams);
+    remove(events);
+    remove(modules);
+    remove(graphs);
+    remove(executables);
+    n_lost_ += memory.release_all(context);
+    context->spoiled = CUDA_SUCCESS;
 }
 
 bool State::captures() const {
@@ -136,7 +165,7 @@ void State::violation(const char *format, ...) {
 }
 
 int State::leaks() const {
-    size_t n = memory.count() + streams.count() + events.count() + modules.count() +
+    size_t n = n_lost_ + memory.count() + streams.count() + events.count() + modules.count() +
                graphs.count() + executables.count();
     for (const CUctx_st &device : devices) n += static_cast<size_t>(device.retained);
     return static_cast<int>(n);

@@ -3,6 +3,7 @@
 
 #include <cstdarg>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -16,36 +17,37 @@
 /* A function of a module, with what the caller set for it. */
 struct CUfunc_st {
     const cusim::Kernel *kernel;
-    std::string name;
-    unsigned most_dynamic_shared;
+    unsigned static_shared, most_dynamic_shared; // bytes
     bool launched;
 };
 
 struct CUmod_st {
     CUcontext context;
-    std::map<std::string, CUfunc_st> functions; // those that were asked for
+    std::map<std::string, CUfunction> functions; // those that were asked for
 };
 
 namespace fakecuda {
 
-/* The objects of one type that were made and not released. */
+/* The objects of one type that were made and not released. Those that were are kept, so that no
+ * new one gets their address and passes for them. */
 template <class T> class Handles {
   public:
-    T *add(T object) { return made_.insert(new T(std::move(object))).first.operator*(); }
-    bool has(T *object) const { return made_.count(object) != 0; }
-    void remove(T *object) {
-        made_.erase(object);
-        delete object;
+    T *add(T object) {
+        ever_made_.push_back(std::make_unique<T>(std::move(object)));
+        return *all_.insert(ever_made_.back().get()).first;
     }
-    size_t count() const { return made_.size(); }
-    const std::set<T *> &all() const { return made_; }
+    bool has(T *object) const { return all_.count(object) != 0; }
+    void remove(T *object) { all_.erase(object); }
+    size_t count() const { return all_.size(); }
+    const std::set<T *> &all() const { return all_; }
 
   private:
-    std::set<T *> made_;
+    std::vector<std::unique_ptr<T>> ever_made_;
+    std::set<T *> all_;
 };
 
 struct Settings { // what the environment says
-    int n_devices = 1, version = 13000, capability = 87;
+    int n_devices = 1, version = 13000, capability = 87, n_processors = 16;
     size_t bytes = size_t{4} << 30;
     bool integrated = false;
     std::string failing; // function
@@ -61,14 +63,16 @@ class State {
      * every function makes; failing where the environment says so. */
     template <class Body> CUresult call(const char *name, Needs needs, Body body) {
         const std::lock_guard<std::mutex> guard(lock_);
-        const CUresult fault = count_call(name);
-        const bool releases = is_release(name);
-        if (fault != CUDA_SUCCESS && !releases) return fault;
+        fault_ = count_call(name);
+        if (fault_ != CUDA_SUCCESS && !is_release(name)) return fault_;
         CUresult result = check(needs);
         if (result == CUDA_SUCCESS) result = body();
         if (result == CUDA_SUCCESS && current()) result = current()->spoiled;
-        return result == CUDA_SUCCESS ? fault : result;
+        return result == CUDA_SUCCESS ? fault_ : result;
     }
+
+    /* What the environment lets this call fail with, after it has released something. */
+    CUresult fault() const { return fault_; }
 
     void initialize();         // reads the environment
     CUcontext current() const; // the context of the calling thread; NULL: none
@@ -78,6 +82,9 @@ class State {
     /* Streams of the current context alone. The default stream is refused: work on it does not wait
      * for streams that do not block, so whoever mixes the two gets results by luck. */
     bool valid(CUstream stream);
+
+    void unload(CUmodule module);
+    void end(CUcontext context); // with all that is in it
 
     /* Captures of the current context that forbid calls which could wait for them: all but those of
      * the relaxed mode. */
@@ -99,6 +106,7 @@ class State {
     Handles<CUstream_st> streams;
     Handles<CUevent_st> events;
     Handles<CUmod_st> modules;
+    Handles<CUfunc_st> functions;
     Handles<CUgraph_st> graphs;
     Handles<CUgraphExec_st> executables;
 
@@ -108,10 +116,12 @@ class State {
     static bool is_release(const std::string &name);
 
     std::mutex lock_;
+    CUresult fault_ = CUDA_SUCCESS;
     std::map<std::string, int> n_calls_;
     std::vector<const char *> calls_; // their functions
     bool initialized_ = false, environment_read_ = false;
     int n_violations_ = 0;
+    size_t n_lost_ = 0; // objects that went with their context
 
     void read_environment();
 };

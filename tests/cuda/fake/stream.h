@@ -44,10 +44,12 @@ struct CUstream_st {
 };
 
 struct CUgraph_st {
+    CUcontext context;
     std::vector<fakecuda::Work> nodes;
 };
 
 struct CUgraphExec_st {
+    CUcontext context;
     std::vector<fakecuda::Work> nodes;
 };
 

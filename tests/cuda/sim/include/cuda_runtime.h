@@ -24,13 +24,40 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #undef __noinline__
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 
-/* The scheduler fills this section before each block. */
-#define __shared__ static __attribute__((section("cusim_shared")))
+/* It stands between the type of a kernel, which is void, and its name. So it can end a declaration
+ * of nothing, announce the bound to the KVQ_EXPORT_KERNEL that follows, and begin anew. */
+#define CUSIM_JOIN_(a, b) a##b
+#define CUSIM_JOIN(a, b) CUSIM_JOIN_(a, b)
+#define __launch_bounds__(...)                                                                     \
+    cusim_nothing();                                                                               \
+    static const bool CUSIM_JOIN(cusim_bound_, __COUNTER__) = cusim::announce_bound(__VA_ARGS__);  \
+    extern "C" void
+
+/* The scheduler fills this section before each block. GCC ignores the section within templates
+ * (without a word), so there it does not compile: what a template shares, its kernel declares. */
+#define __shared__                                                                                 \
+    static_assert(!cusim::is_template(__PRETTY_FUNCTION__),                                        \
+                  "__shared__ in a template would be global memory on the simulator");             \
+    static __attribute__((section("cusim_shared")))
+
+namespace cusim {
+
+/* By the name that GCC gives an instance of a template: "int f(int) [with int n = 3]". */
+constexpr bool is_template(const char *function) {
+    constexpr char mark[] = "[with ";
+    for (; *function; function++) {
+        int n = 0;
+        while (mark[n] && function[n] == mark[n]) n++;
+        if (!mark[n]) return true;
+    }
+    return false;
+}
+
+} // namespace cusim
 
 #define threadIdx (cusim::current->index)
 #define blockIdx (cusim::active.block_index)
