@@ -8,7 +8,8 @@
  *
  * Errors: a function that can fail returns a status; for anything but KVQ_OK, kvq_error() gives one
  * full sentence on the same thread until the next failure there. Nothing prints, exits or aborts.
- * Memory: everything is allocated by the open functions; evaluating allocates nothing.
+ * Memory: everything is allocated by the open functions; evaluating allocates nothing, but for the
+ * sealed blocks of layers on a GPU, which come in chunks as the context grows.
  *
  * Python's bindings are generated from the part between the cffi marks below: declarations only
  * there.
@@ -283,14 +284,16 @@ uint64_t kvq_memory_available(void);
  * was a long one. Under a lossy scheme their rows are then lost; kvq_session_truncate(0) starts
  * afresh.
  *
- * Without kv_topk, the result does not depend on the number of threads, nor on how the tokens are
- * cut into calls or passes as long as none of them crosses a token at which a block is sealed (see
- * kvq_session_until_seal). */
+ * The result does not depend on the number of threads. On the CPU and without kv_topk it does not
+ * depend either on how the tokens are cut into calls or passes, as long as none of them crosses a
+ * token at which a block is sealed (see kvq_session_until_seal). On a GPU the same passes give the
+ * same result, and others the same but for rounding: sums have another order there. */
 kvq_status kvq_session_eval(kvq_session *session, const int32_t *tokens, int32_t n,
                             kvq_logits which, float *logits, kvq_progress progress, void *user);
 
 /* Tokens that can follow before the next block is sealed (at least 1). Passes that do not exceed it
- * read the very cache that token-by-token decoding reads. */
+ * read the very cache that token-by-token decoding reads; on a GPU, one whose rows differ by
+ * rounding. */
 int32_t kvq_session_until_seal(const kvq_session *session);
 
 /* Keeps the first n tokens. When n falls inside a sealed block, that block's rows return to f16 as

@@ -82,7 +82,8 @@ def perplexity(
     Without `stream` a chunk is read as a prompt is, in passes of `n_batch` tokens: the tokens of a
     pass see each other in f16, so that a lossy cache costs less than in use. With `stream` every
     score is the one that token-by-token decoding gives: passes end where a block is sealed
-    (`Session.until_seal`), which the core guarantees to be the same bit for bit, only faster.
+    (`Session.until_seal`), which is the same, only faster: on the CPU bit for bit, on a GPU but for
+    rounding.
 
     Args:
         model: The model.

@@ -140,8 +140,9 @@ class Session(Closing):
     ) -> FloatArray:
         """Appends tokens to the timeline.
 
-        Passes that do not exceed `until_seal` read exactly what token-by-token evaluation reads.
-        Longer ones see their own tokens in f16, as a prompt does.
+        Passes that do not exceed `until_seal` read what token-by-token evaluation reads: on the CPU
+        bit for bit, on a GPU but for rounding. Longer ones see their own tokens in f16, as a prompt
+        does.
 
         Args:
             tokens: [n] ids, n >= 1.
@@ -270,7 +271,8 @@ class Session(Closing):
     def until_seal(self) -> int:
         """Tokens that can follow before the next block is sealed, at least 1.
 
-        A pass of no more tokens than this reads what token-by-token evaluation reads, bit for bit.
+        A pass of no more tokens than this reads what token-by-token evaluation reads: on the CPU
+        bit for bit; on a GPU but for rounding, since sums have another order in other passes.
         """
         return self._handle.until_seal()
 

@@ -25,7 +25,8 @@ Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[1]
 
 MIB = 1 << 20
-SMALL = shlex.split("-p 40 -n 3 -r 2 -t 2")
+#: Limits and stages are measured on the CPU.
+SMALL = shlex.split("-p 40 -n 3 -r 2 -t 2 --device cpu")
 
 
 def needs_llama_cpp() -> None:
@@ -288,7 +289,7 @@ def test_an_unused_instruction_set_has_no_peak_and_still_a_table(
     tiny_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVQ_ISA", "ref")
-    args = ["bench", str(tiny_path), "-p", "4", "-n", "1", "-r", "1", "-t", "1"]
+    args = ["bench", str(tiny_path), *shlex.split("-p 4 -n 1 -r 1 -t 1 --device cpu")]
     assert main(args) == 0
     out = capfd.readouterr().out
     assert "no measure of Gop/s int8" in out

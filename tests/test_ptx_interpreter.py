@@ -608,10 +608,18 @@ extern "C" __global__ void __launch_bounds__(64) mixed(const args a) {
 extern "C" __global__ void products(const uint32_t *a, const uint32_t *b, float *d, int *e) {
     const int lane = threadIdx.x;
     float sums[4] = {0, 0, 0, 0};
-    int counts[4] = {0, 0, 0, 0};
+    int counts[3][4] = {};
     kvq_mma_f16(sums, a + 4 * lane, b + 2 * lane);
-    kvq_mma_s8(counts, a + 128 + 4 * lane, b + 64 + 2 * lane);
-    for (int i = 0; i < 4; i++) d[4 * lane + i] = sums[i], e[4 * lane + i] = counts[i];
+    kvq_mma_s8_s8(counts[0], a + 128 + 4 * lane, b + 64 + 2 * lane);
+    kvq_mma_s8_u8(counts[1], a + 128 + 4 * lane, b + 64 + 2 * lane);
+    kvq_mma_u8_s8(counts[2], a + 128 + 4 * lane, b + 64 + 2 * lane);
+    for (int i = 0; i < 4; i++) d[4 * lane + i] = sums[i];
+    for (int i = 0; i < 12; i++) e[128 * (i / 4) + 4 * lane + i % 4] = counts[i / 4][i % 4];
+}
+extern "C" __global__ void small(const uint32_t *words, const float *x, uint32_t *to, float *y) {
+    const uint32_t *const three = words + 3 * threadIdx.x;
+    to[threadIdx.x] = kvq_permute(three[0], three[1], three[2]);
+    y[threadIdx.x] = kvq_exp2(x[threadIdx.x]);
 }
 extern "C" __global__ void copied(const uint4 *from, uint4 *to) {
     KVQ_SHARED_MEMORY(uint4, tile);
@@ -658,7 +666,8 @@ def test_a_kernel_of_nvcc_gives_what_python_gives(compiled: str) -> None:
 
 
 def products_of(text: str) -> tuple[Array, Array, Array, Array]:
-    """What the wrappers of port.cuh give, and what they should."""
+    """What the wrappers of port.cuh give, and what they should: of halves [16, 8]; of bytes
+    [3, 16, 8], both signed, B unsigned, A unsigned."""
     rng = np.random.default_rng(8)
     a16, b16 = (rng.normal(size=(n, 16)).astype(np.float16) for n in (16, 8))
     a8, b8 = (rng.integers(-128, 128, (n, 32)).astype(np.int8) for n in (16, 8))
@@ -666,15 +675,19 @@ def products_of(text: str) -> tuple[Array, Array, Array, Array]:
     b = np.concatenate([fragment(b16, 2, False), fragment(b8, 4, False)])
     device = Device()
     module = device.load(text)
-    d, e = device.allocate(512, "d"), device.allocate(512, "e")
+    d, e = device.allocate(512, "d"), device.allocate(3 * 512, "e")
     device.launch(module, "products", 1, 32, device.put(a), device.put(b), d, e)
     lanes = np.arange(32)
     order = np.stack([(lanes // 4 + 8 * (i // 2)) * 8 + lanes % 4 * 2 + i % 2 for i in range(4)], 1)
-    halves, integers = np.zeros(128, np.float32), np.zeros(128, np.int32)
-    halves[order], integers[order] = device.get(d, (32, 4), "f4"), device.get(e, (32, 4), "i4")
+    halves, integers = np.zeros(128, np.float32), np.zeros((3, 128), np.int32)
+    halves[order], integers[:, order] = (
+        device.get(d, (32, 4), "f4"),
+        device.get(e, (3, 32, 4), "i4"),
+    )
     wanted = a16.astype(np.float64) @ b16.astype(np.float64).T
-    counted = a8.astype(np.int32) @ b8.astype(np.int32).T
-    return halves.reshape(16, 8), wanted, integers.reshape(16, 8), counted
+    pairs = [(a8, b8), (a8, b8.view(np.uint8)), (a8.view(np.uint8), b8)]
+    counted = np.stack([x.astype(np.int32) @ y.astype(np.int32).T for x, y in pairs])
+    return halves.reshape(16, 8), wanted, integers.reshape(3, 16, 8), counted
 
 
 @needs_nvcc
@@ -682,6 +695,30 @@ def test_the_projects_wrappers_multiply_matrices(compiled: str) -> None:
     halves, wanted, integers, counted = products_of(compiled)
     assert np.allclose(halves, wanted, atol=1e-5)
     assert np.array_equal(integers, counted)
+
+
+@needs_nvcc
+def test_the_projects_wrappers_permute_bytes_and_take_powers(compiled: str) -> None:
+    rng = np.random.default_rng(9)
+    words = rng.integers(0, 2**32, (32, 3), dtype=np.uint32)
+    x = np.linspace(-140, 20, 32, dtype=np.float32)
+    device = Device()
+    module = device.load(compiled)
+    to, y = device.allocate(128, "to"), device.allocate(128, "y")
+    device.launch(module, "small", 1, 32, device.put(words), device.put(x), to, y)
+    wanted = []
+    for low, high, selector in words.tolist():
+        number = low | high << 32
+        picked = [number >> 8 * (selector >> 4 * i & 7) & 0xFF for i in range(4)]
+        signs = [selector >> 4 * i & 8 for i in range(4)]
+        chosen = [
+            byte // 128 * 255 if sign else byte for byte, sign in zip(picked, signs, strict=True)
+        ]
+        wanted.append(int.from_bytes(bytes(chosen), "little"))
+    assert device.get(to, 32, "u4").tolist() == wanted
+    powers = np.exp2(x.astype(np.float64))
+    powers[powers < 2.0**-126] = 0
+    assert np.allclose(device.get(y, 32, "f4"), powers, rtol=2.0**-22, atol=0)
 
 
 @needs_nvcc

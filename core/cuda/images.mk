@@ -20,8 +20,10 @@ CUDA_CUBINS = 75 80 86 87 89 90 100 110 120
 CUDA_PTX = 75 80
 CUDA_FLAGS = -std=c++14 -O3 -Icore --threads 1 -Werror all-warnings,cross-execution-space-call \
              -Xcompiler -Wall,-Wextra -Xptxas -v,-warn-spills,-warn-lmem-usage,-Werror
-# Of a module: blocks have the same bytes as on the CPU only if products are not fused into sums.
+# Of a module: blocks have the same bytes as on the CPU only if products are not fused into sums, be
+# it in the encoders or in RoPE, whose keys they take.
 CUDA_FLAGS_cache = -fmad=false
+CUDA_FLAGS_elementwise = -fmad=false
 # Every driver that takes this image knows the smallest form.
 CUDA_CODE = --compress-mode=size \
             $(foreach a,$(CUDA_CUBINS),-gencode arch=compute_$a,code=sm_$a) \

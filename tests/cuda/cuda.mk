@@ -158,9 +158,16 @@ $(BUILD)/cuda/test_driver: tests/cuda/test_driver.c tests/cuda/fake_images.c $(B
 	@mkdir -p $(@D)
 	$(CC) $(KVQ_CFLAGS) -Itests/c -Itests/cuda $(filter %.c %.a,$^) $(LIBS) -o $@
 
+# With the images of the core: without them it fails.
+$(BUILD)/cuda/test_session: tests/cuda/test_session.c $(BUILD)/libkvq.a tests/c/test.h
+	@mkdir -p $(@D)
+	$(CC) $(KVQ_CFLAGS) -Itests/c $(filter %.c %.a,$^) $(LIBS) -o $@
+
 .PHONY: cuda-driver
-cuda-driver: $(BUILD)/cuda/test_driver $(FAKE_CUDA) $(BUILD)/cuda/fake/libcuda_old.so ## test how the core uses the CUDA driver, on the stand-in
+cuda-driver: $(BUILD)/cuda/test_driver $(BUILD)/cuda/test_session $(FAKE_CUDA) \
+             $(BUILD)/cuda/fake/libcuda_old.so ## test how the core uses the CUDA driver, on the stand-in
 	$< $(abspath $(FAKE_CUDA)) $(abspath $(BUILD)/cuda/fake/libcuda_old.so)
+	KVQ_LIBCUDA=$(abspath $(FAKE_CUDA)) $(BUILD)/cuda/test_session $(BUILD)/cuda/random.gguf
 
 # ---- sessions on the stand-in -------------------------------------------------------------------
 #

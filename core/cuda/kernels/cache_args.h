@@ -55,11 +55,13 @@ typedef struct kvq_cuda_cache {
 } kvq_cuda_cache;
 
 #ifdef __cplusplus
+/* Where a chunk has the first block of a track. */
+KVQ_BOTH uint64_t kvq_cuda_first_block(const kvq_cuda_cache &cache, const kvq_cuda_track &track) {
+    return (uint64_t)cache.chunk_blocks * track.bytes_before + track.lead;
+}
 KVQ_BOTH uint8_t *kvq_cuda_block(const kvq_cuda_cache &cache, const kvq_cuda_track &track, int b) {
-    const int within = b % cache.chunk_blocks;
-    return cache.chunks[b / cache.chunk_blocks] +
-           (uint64_t)cache.chunk_blocks * track.bytes_before + (uint64_t)within * track.stride +
-           track.lead;
+    return cache.chunks[b / cache.chunk_blocks] + kvq_cuda_first_block(cache, track) +
+           (uint64_t)(b % cache.chunk_blocks) * track.stride;
 }
 
 /* The row of index i (token n_sinks + i) of a head and side: in the recent rows, or among those of

@@ -8,7 +8,9 @@
  * as it is, for a subnormal half of value code * 4^j * 2^-24: tensor cores multiply those exactly,
  * and 4^-j is in the query. So unpacking is one AND for two codes.
  *
- * Values: the rows of A are the weights times the scales of their tokens, in 14 bits, the high ones
+ * Keys of codec mixed: as 8-bit products, with queries times scales in 16 bits: decode_mixed.cuh.
+ *
+ * Values: the rows of A are the weights times the scales of their tokens, in 16 bits, the high ones
  * of eight queries above the low ones; the columns of B are channels, whose levels byte
  * permutations look up, four tokens at a time. The order of tokens is chosen for that:
  * decode_order.cuh.
@@ -103,9 +105,9 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             const int w = 4 * step + part;
-            const uint8_t *const at =
-                codes +
-                ((Order::octet(column, which) * words + w) * 8 + 4 * Order::half(column)) * 4;
+            const uint8_t *const at = codes + ((Order::octet(column, which) * words + w) * 8 +
+                                               4 * Order::half(column, which)) *
+                                                  4;
             const uint4 four =
                 w < words ? *reinterpret_cast<const uint4 *>(at) : make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -146,6 +148,37 @@ struct decode_task {
     int begin, end;  /* sealed blocks of the split */
 };
 
+/* A warp's way along the sealed blocks of a split: kvq_cuda_block without a division for each. */
+struct block_walk {
+    int b, end; /* this block; of the split */
+    int within, chunk_blocks;
+    uint8_t *const *chunk;
+    uint64_t before[2]; /* of keys and values */
+    uint32_t stride[2];
+
+    __device__ __forceinline__ explicit block_walk(const decode_task &task) {
+        const kvq_cuda_cache &cache = task.a.cache;
+        b = task.begin + threadIdx.x / 32;
+        end = task.end;
+        chunk_blocks = cache.chunk_blocks;
+        within = b % chunk_blocks;
+        chunk = cache.chunks + b / chunk_blocks;
+        before[0] = kvq_cuda_first_block(cache, task.keys);
+        before[1] = kvq_cuda_first_block(cache, task.values);
+        stride[0] = task.keys.stride;
+        stride[1] = task.values.stride;
+    }
+    __device__ __forceinline__ bool there() const { return b < end; }
+    __device__ __forceinline__ void next() {
+        b += KVQ_CUDA_DECODE_WARPS;
+        within += KVQ_CUDA_DECODE_WARPS;
+        for (; within >= chunk_blocks; within -= chunk_blocks) chunk++;
+    }
+    __device__ __forceinline__ const uint8_t *block(int side) const {
+        return *chunk + before[side] + (uint64_t)within * stride[side];
+    }
+};
+
 template <int D, class Values, int BITS>
 static __device__ __forceinline__ void decode_uniform(const decode_task &task, all_warps<D> &all) {
     const kvq_cuda_cache &cache = task.a.cache;
@@ -153,11 +186,10 @@ static __device__ __forceinline__ void decode_uniform(const decode_task &task, a
     key_queries<BITS, (D * BITS + 127) / 128> q;
     clear(r);
     load_queries(q, task.x, cache.d, task.there);
-    for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
+    for (block_walk at(task); at.there(); at.next()) {
         float s[16];
-        score_block<typename Values::order>(s, q, kvq_cuda_block(cache, task.keys, b),
-                                            task.keys.shape);
-        Values::add(r, s, kvq_cuda_block(cache, task.values, b), cache.d);
+        score_block<typename Values::order>(s, q, at.block(0), task.keys.shape);
+        Values::add(r, s, at.block(1), cache.d);
     }
     finish(r, all, task.a, task.first, task.n, Values::channel);
 }
@@ -168,13 +200,13 @@ static __device__ __forceinline__ void decode_mixed(const decode_task &task, all
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
     clear(r);
-    const float scale = load_queries(q, task.x, task.keys.shape, task.there);
+    const mixed_lane mine = load_queries(q, task.x, task.keys.shape, task.there);
     const projected on = project(task.keys, task.x, cache.d);
-    for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
+    for (block_walk at(task); at.there(); at.next()) {
         float s[16];
-        score_mixed(s, q, scale, kvq_cuda_block(cache, task.keys, b), task.keys.shape);
-        if (task.keys.n_waves) add_waves(s, q.turned[threadIdx.x / 32], cache, task.keys, on, b);
-        Values::add(r, s, kvq_cuda_block(cache, task.values, b), cache.d);
+        score_mixed(s, q, mine, at.block(0), task.keys.shape);
+        if (task.keys.n_waves) add_waves(s, q.turned[threadIdx.x / 32], cache, task.keys, on, at.b);
+        Values::add(r, s, at.block(1), cache.d);
     }
     finish(r, all, task.a, task.first, task.n, Values::channel);
 }
@@ -192,9 +224,9 @@ struct halves_blocks {
         row_queries<D> q;
         clear(r);
         load_queries(q, task.x, cache.d, task.there);
-        for (int b = task.begin + threadIdx.x / 32; b < task.end; b += KVQ_CUDA_DECODE_WARPS) {
-            const uint8_t *const keys = kvq_cuda_block(cache, task.keys, b);
-            const uint8_t *const values = kvq_cuda_block(cache, task.values, b);
+        for (block_walk at(task); at.there(); at.next()) {
+            const uint8_t *const keys = at.block(0);
+            const uint8_t *const values = at.block(1);
             add_rows(r, q, cache.d, KVQ_BLOCK, [&](int side, int t) {
                 return reinterpret_cast<const uint16_t *>(side ? values : keys) + t * cache.d;
             });

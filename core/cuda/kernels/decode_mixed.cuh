@@ -1,9 +1,12 @@
 /* decode_mixed.cuh: scores of one token's queries over keys of codec mixed, and the waves that
  * calibrated keys may have (kv/kv_wave.h). Tokens come in the order of `sixteens`.
  *
- * A lane takes pairs of units of 16 bits (kv_format.h), which it lays side by side: then a word has
- * the codes of two channels under each mask, as a word of u1, u2 and u4 has. Channels of 8 bits are
- * two runs of 4 bits, whose high halves weigh 16 times as much.
+ * The rows of A are queries times the scales of the block's channels, in 16 bits, the high ones of
+ * eight queries above the low ones; the columns of B are tokens. A lane takes pairs of units of 16
+ * bits (kv_format.h), which it lays side by side. In each half of the bytes of that word stand the
+ * codes of 4 channels, or two or four times as many where codes have 2 bits or 1: that many slots
+ * share the pair. Codes stay where they stand in the high half; what that place costs is in the
+ * query. Channels of 8 bits are two runs of 4 bits, whose high halves weigh 16 times as much.
  */
 #ifndef KVQ_CUDA_DECODE_MIXED_CUH
 #define KVQ_CUDA_DECODE_MIXED_CUH
@@ -14,188 +17,258 @@
 #include "cuda/kernels/unpack.cuh"
 #include "kv/kv_ids.h"
 
-enum {
-    MIXED_RUNS = KVQ_RUNS + 1,
-    /* Registers of a lane that hold a query: those of a run of n channels of b bits fill up steps
-     * of 32 / b, so that five runs take at most 16 + 16 and what is left of each. */
-    MIXED_REGISTERS = 32 + 4 + 4 + 4 + 8 + 16,
-};
+enum { MIXED_RUNS = KVQ_RUNS + 1 };
 
 /* A run of channels with the same width. */
 struct mixed_run {
-    int bits, first, n, unit; /* first channel and unit */
-    int at;                   /* of its registers in mixed_queries */
+    int bits, first, n; /* first channel */
+    int unit, slot;     /* the first ones */
+    int scales;         /* slot where those of its channels are staged */
+    float weight;       /* of a step of its codes */
 };
 
-static __device__ __forceinline__ int mixed_steps(const mixed_run &run) {
-    const int per_step = 8 * (16 / run.bits); /* channels: 4 lanes, 2 units each */
-    return (run.n + per_step - 1) / per_step;
+static __device__ __forceinline__ int mixed_run_units(const mixed_run &run) {
+    const int per_unit = 16 / run.bits;
+    return (run.n + per_unit - 1) / per_unit;
 }
 
-/* Run i of a head: the high and the low halves of 8 bits, then 4, 2 and 1. */
+static __device__ __forceinline__ int mixed_run_slots(const mixed_run &run) {
+    return (mixed_run_units(run) + 1) / 2 * (4 / run.bits);
+}
+
+/* Run i of a head: the high and the low halves of 8 bits, then 4, 2 and 1; i = MIXED_RUNS: what
+ * follows them. */
 static __device__ __forceinline__ mixed_run mixed_run_at(const kvq_kv_shape &sh, int i) {
-    mixed_run run = {4, 0, sh.run[0], 0, 0};
+    mixed_run run = {4, 0, sh.run[0], 0, 0, 0, 16.0f};
     for (int k = 0; k < i; k++) {
-        const int per_unit = 16 / run.bits;
-        run.at += mixed_steps(run) * 2 * (8 / run.bits);
-        run.unit += (run.n + per_unit - 1) / per_unit;
-        if (k > 0) { /* both halves of 8 bits are of the same channels */
-            run.first += run.n;
-            run.bits = k == 1 ? 4 : run.bits / 2;
-            run.n = sh.run[k];
-        }
+        run.unit += mixed_run_units(run);
+        run.slot += mixed_run_slots(run);
+        run.weight = 1.0f;
+        if (k == 0) continue; /* both halves of 8 bits are of the same channels */
+        run.first += run.n;
+        run.bits = k == 1 ? 4 : max(run.bits / 2, 1);
+        run.n = k < KVQ_RUNS ? sh.run[k] : 0;
+        run.scales = run.slot;
     }
     return run;
 }
 
-/* Queries as A fragments, for all warps of a block of threads. */
+/* The run that has a slot, or what follows all of them. */
+static __device__ __forceinline__ mixed_run mixed_run_of_slot(const kvq_kv_shape &sh, int slot) {
+    int i = 0;
+    while (i < MIXED_RUNS && slot >= mixed_run_at(sh, i + 1).slot) i++;
+    return mixed_run_at(sh, i);
+}
+
+/* Codes of a pair of units: those of place i in each half of the bytes, the low halves first; of
+ * the first unit and of the second one; of bytes 0 and 1. So a slot has 8 channels: number
+ * 4 * half + 2 * side + byte. */
+static __device__ __forceinline__ int mixed_index(int bits, int pair, int i, int number) {
+    const int half = number / 4, side = number / 2 % 2;
+    return (2 * pair + side) * (16 / bits) + 2 * (half * (4 / bits) + i) + number % 2;
+}
+
+struct mixed_slot {
+    int low, high; /* where both units of a token lie behind the first units of its 16 tokens */
+    uint32_t mask; /* of the codes, when they are in the high halves of bytes */
+    int scales;    /* slot whose staged scales it takes */
+};
+
+/* In shared memory: queries as A fragments, for all warps of a block of threads. */
 template <int D> struct mixed_queries {
-    uint32_t of_codes[MIXED_REGISTERS][32]; /* run by run, of each lane */
-    uint32_t plain[D / 8][32]; /* channels 16 * (i / 2) + 4 * part + 2 * (i % 2), and the
-                                  next one */
+    enum {
+        /* Two slots for each 8 channels of 8 bits, else one; and what is left of each run. */
+        STEPS = (2 * (D / 8) + 2 + 1 + 2 + 4 + 3) / 4,
+        SLOTS = 4 * STEPS /* a step of the product takes four, one for each lane of a row */
+    };
+    float4 of_codes[STEPS][2][32]; /* of each lane's slot; by the halves of bytes */
+    uint4 plain[D / 32][32];       /* channels D / 4 * part + 8 * i .. + 7 */
+    mixed_slot slots[SLOTS];
+    float scales[KVQ_CUDA_DECODE_WARPS][8 * SLOTS]; /* of a block's channels, as slots take them */
     float turned[KVQ_CUDA_DECODE_WARPS][8][2 * KVQ_WAVES];
 };
 
-/* The channel whose code is number k of place j in unit 2 * pair + side of a run; its number in the
- * run may exceed it. */
-static __device__ __forceinline__ int mixed_index(const mixed_run &run, int pair, int side, int j,
-                                                  int k) {
-    return (2 * pair + side) * (16 / run.bits) + 2 * j + k;
+/* What a lane knows of the queries besides. */
+struct mixed_lane {
+    int n_steps, n_units;    /* of the product; of a token */
+    float largest[KVQ_RUNS]; /* query of the row times scale in bytes, at most, of each width */
+    float largest_of_all;    /* channel of the query */
+    int scale;               /* where the block keeps the unit of four channels' scales, */
+    int staged[2];           /* and where those are staged, two by two; -1: it has no such */
+};
+
+/* The largest number of 16 bits whose high byte, rounded, has a sign of its own: 2^15 - 129. */
+#define KVQ_MIXED_LARGEST 32639.0f
+
+/* Four numbers of at most that magnitude, rounded, as 256 * high + low; bytes have signs. */
+static __device__ __forceinline__ void split_signed(uint32_t &high, uint32_t &low, float4 x) {
+    /* The last bits of 1.5 * 2^23 + x are x. 128 more: the low byte then lacks only its sign. */
+    const float magic = 12582912.0f + 128.0f;
+    const uint32_t v[4] = {__float_as_uint(x.x + magic), __float_as_uint(x.y + magic),
+                           __float_as_uint(x.z + magic), __float_as_uint(x.w + magic)};
+    split_bytes(high, low, v);
+    low ^= 0x80808080u;
 }
 
-/* Fills `q`, relative to the largest of each query, which it returns. x[d] is the query of the
- * lane's row. */
+static __device__ __forceinline__ float joined(int32_t high, int32_t low) {
+    return (float)(256 * high + low);
+}
+
+/* Fills q, and what the lane keeps of it. x[d] is the query of the lane's row. */
 template <int D>
-static __device__ __forceinline__ float load_queries(mixed_queries<D> &q, const float *x,
-                                                     const kvq_kv_shape &sh, bool there) {
+static __device__ __forceinline__ mixed_lane load_queries(mixed_queries<D> &q, const float *x,
+                                                          const kvq_kv_shape &sh, bool there) {
     const int lane = threadIdx.x % 32, part = lane % 4, warp = threadIdx.x / 32, d = sh.d;
-    const float largest = largest_of_query(x, d, there);
-    const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
-    for (int r = 0; r < MIXED_RUNS; r++) {
-        const mixed_run run = mixed_run_at(sh, r);
-        const int places = 8 / run.bits;
-        for (int i = warp; i < mixed_steps(run) * places * 2; i += KVQ_CUDA_DECODE_WARPS) {
-            const int pair = 4 * (i / (2 * places)) + part, j = i / 2 % places;
-            const int low = mixed_index(run, pair, 0, j, i % 2);
-            const int high = mixed_index(run, pair, 1, j, i % 2);
-            const float unit = inverse / (float)(1 << run.bits * j);
-            q.of_codes[run.at + i][lane] =
-                kvq_pack_halves(low < run.n && unit > 0 ? unit * x[run.first + low] : 0.0f,
-                                high < run.n && unit > 0 ? unit * x[run.first + high] : 0.0f);
+    const int n_slots = mixed_run_at(sh, MIXED_RUNS).slot;
+    mixed_lane mine = {(n_slots + 3) / 4, 0, {0}, 0, 0, {-1, -1}};
+#pragma unroll
+    for (int r = 0; r < KVQ_RUNS; r++) {
+        const mixed_run run = mixed_run_at(sh, r + 1);
+        float largest = 0;
+        for (int c = run.first + part; c < run.first + run.n && there; c += 4)
+            largest = fmaxf(largest, fabsf(x[c]));
+        mine.largest[r] = largest_of_row(largest) * (r == 0 ? 16 * 255.0f : 255.0f);
+        mine.n_units += kvq_mixed_units(&sh, r);
+        if (4 * lane < run.first || 4 * lane >= run.first + run.n) continue;
+        mine.scale = 2 + 2 * r;
+        const int places = 4 / run.bits, pair = (4 * lane - run.first) / (32 / run.bits);
+#pragma unroll
+        for (int two = 0; two < 2; two++) {
+            const int index = 4 * lane + 2 * two - run.first, place = index % (16 / run.bits) / 2;
+            const int side = index / (16 / run.bits) % 2;
+            mine.staged[two] =
+                8 * (run.scales + pair * places + place % places) + 4 * (place / places) + 2 * side;
         }
     }
-    for (int i = warp; i < d / 8; i += KVQ_CUDA_DECODE_WARPS) {
-        const int c = 16 * (i / 2) + 4 * part + 2 * (i % 2);
-        q.plain[i][lane] = kvq_pack_halves(inverse > 0 ? inverse * x[c] : 0.0f,
-                                           inverse > 0 ? inverse * x[c + 1] : 0.0f);
+    for (int step = warp; step < mine.n_steps; step += KVQ_CUDA_DECODE_WARPS) {
+        const int slot = 4 * step + part;
+        const mixed_run run = mixed_run_of_slot(sh, slot);
+        const int places = 4 / run.bits, pair = (slot - run.slot) / places;
+        const int i = (slot - run.slot) % places;
+        const float weight = there ? run.weight / (float)(1 << run.bits * i) : 0.0f;
+        float of[8];
+#pragma unroll
+        for (int number = 0; number < 8; number++) {
+            const int index = mixed_index(run.bits, pair, i, number);
+            of[number] = index < run.n ? weight * x[run.first + index] : 0.0f;
+        }
+        q.of_codes[step][0][lane] = make_float4(of[0], of[1], of[2], of[3]);
+        q.of_codes[step][1][lane] = make_float4(of[4], of[5], of[6], of[7]);
+        if (lane < 4) {
+            const bool coded = slot < n_slots;
+            const int low = run.unit + 2 * pair, n = run.unit + mixed_run_units(run);
+            const uint32_t codes = (1u << run.bits) - 1;
+            q.slots[slot] = {coded ? 32 * low : 0, coded ? 32 * min(low + 1, n - 1) : 0,
+                             (codes << (4 + run.bits * i)) * 0x01010101u,
+                             coded ? run.scales + slot - run.slot : 0};
+        }
     }
+    mine.largest_of_all = largest_of_query(x, d, there);
+    const float scale = mine.largest_of_all > 0 ? KVQ_MIXED_LARGEST / mine.largest_of_all : 0.0f;
+    for (int i = warp; i < D / 32; i += KVQ_CUDA_DECODE_WARPS) {
+        uint32_t a[4];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int c = D / 4 * part + 8 * i + 4 * k;
+            const bool here = there && c < d;
+            const float unit = here ? scale : 0.0f;
+            const float *const at = x + (here ? c : 0);
+            split_signed(a[2 * k], a[2 * k + 1],
+                         make_float4(unit * at[0], unit * at[1], unit * at[2], unit * at[3]));
+        }
+        q.plain[i][lane] = make_uint4(a[0], a[1], a[2], a[3]);
+    }
+    float *const scales = q.scales[warp]; /* channels that are not there keep 0 */
+    for (int i = lane; i < 8 * mixed_queries<D>::SLOTS; i += 32) scales[i] = 0;
     __syncthreads();
-    return largest;
+    return mine;
 }
 
-/* Adds a run to the products of the eight tiles, and to that of the highest codes. `scale` is what
- * a step of the run is, relative to the largest of all runs. */
-template <int BITS, int D>
-static __device__ __forceinline__ void add_run(float product[8][4], float middle[4],
-                                               const mixed_queries<D> &q, const mixed_run &run,
-                                               const uint8_t *scales, const uint8_t *units,
-                                               int n_units, float scale) {
-    enum { PLACES = 8 / BITS, PER_UNIT = 16 / BITS };
-    const int lane = threadIdx.x % 32, part = lane % 4, column = lane / 4;
-    const uint32_t lowest = ((1u << BITS) - 1) * 0x00010001u;
-    const __half2 of_run = __floats2half2_rn(scale, scale);
-    const int n_steps = mixed_steps(run), run_units = (run.n + PER_UNIT - 1) / PER_UNIT;
-    for (int step = 0; step < n_steps; step++) {
-        const int pair = 4 * step + part;
-        uint32_t a[PLACES][2];
-#pragma unroll
-        for (int j = 0; j < PLACES; j++) {
-            const uint32_t highest[2] = {lowest << (BITS * j), lowest << (BITS * j)};
-            /* scales of four channels of each unit: two places */
-            const int low = mixed_index(run, pair, 0, j & ~1, 0);
-            const int high = mixed_index(run, pair, 1, j & ~1, 0);
-            const uint32_t of_low = low < run.n ? word_at(scales + run.first + low) : 0;
-            const uint32_t of_high = high < run.n ? word_at(scales + run.first + high) : 0;
-            const uint32_t four = __byte_perm(of_low, of_high, j % 2 ? 0x7362 : 0x5140);
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const __half2 by = __hmul2(halves_at(four, k ? 0x4342 : 0x4140, 1024), of_run);
-                a[j][k] = bits_of(
-                    __hmul2(halves_of(q.of_codes[run.at + (step * PLACES + j) * 2 + k][lane]), by));
-            }
-            const uint32_t fragment[4] = {a[j][0], 0, a[j][1], 0};
-            kvq_mma_f16(middle, fragment, highest);
-        }
-#pragma unroll
-        for (int which = 0; which < 2; which++) {
-            const int token = 8 * which + 4 * sixteens::half(column);
-            const uint8_t *const at =
-                units + ((column / 2 * n_units + run.unit + 2 * pair) * 16 + token) * 2;
-            const uint2 low =
-                2 * pair < run_units ? *reinterpret_cast<const uint2 *>(at) : make_uint2(0, 0);
-            const uint2 high = 2 * pair + 1 < run_units ? *reinterpret_cast<const uint2 *>(at + 32)
-                                                        : make_uint2(0, 0);
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const uint32_t word = __byte_perm(t < 2 ? low.x : low.y, t < 2 ? high.x : high.y,
-                                                  t % 2 ? 0x7632 : 0x5410);
-#pragma unroll
-                for (int j = 0; j < PLACES; j++) {
-                    const uint32_t mask = lowest << (BITS * j);
-                    const uint32_t fragment[4] = {a[j][0], 0, a[j][1], 0};
-                    const uint32_t b[2] = {word & mask, word >> 8 & mask};
-                    kvq_mma_f16(product[4 * which + t], fragment, b);
-                }
-            }
-        }
-    }
+/* The product of four query channels and scales, split. */
+static __device__ __forceinline__ void split_products(uint32_t &high, uint32_t &low, float4 x,
+                                                      float4 scale, float unit) {
+    split_signed(high, low,
+                 make_float4(unit * x.x * scale.x, unit * x.y * scale.y, unit * x.z * scale.z,
+                             unit * x.w * scale.w));
 }
 
 /* The scores of a block, in units of log 2. */
 template <int D>
-static __device__ __forceinline__ void score_mixed(float s[16], const mixed_queries<D> &q,
-                                                   float query_scale, const uint8_t *block,
+static __device__ __forceinline__ void score_mixed(float s[16], mixed_queries<D> &q,
+                                                   const mixed_lane &mine, const uint8_t *block,
                                                    const kvq_kv_shape &sh) {
-    const int lane = threadIdx.x % 32, part = lane % 4, d = sh.d;
+    const int lane = threadIdx.x % 32, part = lane % 4, column = lane / 4, d = sh.d;
     const uint8_t *const means = block + KVQ_MIXED_HEADER, *const scales = means + d;
-    const uint8_t *const units = block + kvq_mixed_units_at(&sh);
-    float product[8][4], middle[4] = {0, 0, 0, 0}, mean[4] = {0, 0, 0, 0};
-    float step[MIXED_RUNS], largest = 0;
-    int n_units = 0;
+    float *const staged = q.scales[threadIdx.x / 32];
+    __syncwarp(); /* the scales of the block before are done with */
+    if (mine.staged[0] >= 0) {
+        const float unit = kvq_half_at(block + mine.scale);
+        const uint32_t four = word_at(scales + 4 * lane);
+#pragma unroll
+        for (int two = 0; two < 2; two++) {
+            *reinterpret_cast<float2 *>(staged + mine.staged[two]) =
+                make_float2(unit * byte_of(four, 2 * two), unit * byte_of(four, 2 * two + 1));
+        }
+    }
+    float largest = 1e-30f; /* of products of queries and scales; not 0 */
+#pragma unroll
+    for (int r = 0; r < KVQ_RUNS; r++)
+        largest = fmaxf(largest, mine.largest[r] * kvq_half_at(block + 2 + 2 * r));
+    const float to_integers = __fdividef(KVQ_MIXED_LARGEST, largest);
+    int32_t product[8][4], middle[4] = {0, 0, 0, 0}, mean[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) product[i][j] = 0;
     }
+    /* 8 tokens of the lane's column */
+    const uint8_t *const units =
+        block + kvq_mixed_units_at(&sh) + (column / 2 * mine.n_units * 16 + column % 2 * 8) * 2;
+    __syncwarp();
+#pragma unroll 1
+    for (int step = 0; step < mine.n_steps; step++) {
+        const mixed_slot slot = q.slots[4 * step + part];
+        const float4 *const of_slot = reinterpret_cast<const float4 *>(staged + 8 * slot.scales);
+        const uint4 low = *reinterpret_cast<const uint4 *>(units + slot.low);
+        const uint4 high = *reinterpret_cast<const uint4 *>(units + slot.high);
+        const uint32_t highest[2] = {slot.mask, slot.mask};
+        uint32_t a[4];
 #pragma unroll
-    for (int r = 0; r < KVQ_RUNS; r++) {
-        n_units += kvq_mixed_units(&sh, r);
-        step[r + 1] = kvq_half_at(block + 2 + 2 * r);
+        for (int half = 0; half < 2; half++) {
+            split_products(a[2 * half], a[2 * half + 1], q.of_codes[step][half][lane],
+                           of_slot[half], to_integers);
+        }
+        kvq_mma_s8_u8(middle, a, highest);
+#pragma unroll
+        for (int t = 0; t < 8; t++) {
+            const uint32_t word =
+                kvq_permute(word_of(low, t / 2), word_of(high, t / 2), t % 2 ? 0x7632 : 0x5410);
+            const uint32_t b[2] = {word << 4 & slot.mask, word & slot.mask};
+            kvq_mma_s8_u8(product[t], a, b);
+        }
     }
-    step[0] = 16 * step[1];
 #pragma unroll
-    for (int r = 0; r < MIXED_RUNS; r++) largest = fmaxf(largest, step[r]);
-    const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
-    add_run<4>(product, middle, q, mixed_run_at(sh, 0), scales, units, n_units, step[0] * inverse);
-    add_run<4>(product, middle, q, mixed_run_at(sh, 1), scales, units, n_units, step[1] * inverse);
-    add_run<4>(product, middle, q, mixed_run_at(sh, 2), scales, units, n_units, step[2] * inverse);
-    add_run<2>(product, middle, q, mixed_run_at(sh, 3), scales, units, n_units, step[3] * inverse);
-    add_run<1>(product, middle, q, mixed_run_at(sh, 4), scales, units, n_units, step[4] * inverse);
+    for (int i = 0; i < D / 64; i++) {
+        const int c = D / 4 * part + 16 * i;
+        const uint4 m =
+            c < d ? *reinterpret_cast<const uint4 *>(means + c) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        if (16 * i >= d) break;
-        const uint32_t four = word_at(means + 16 * i + 4 * part) ^ 0x80808080u; /* from -128 on */
-        const uint32_t a[4] = {q.plain[2 * i][lane], 0, q.plain[2 * i + 1][lane], 0};
-        const uint32_t b[2] = {bits_of(halves_at(four, 0x4140, 1152)),
-                               bits_of(halves_at(four, 0x4342, 1152))};
-        kvq_mma_f16(mean, a, b);
+        for (int k = 0; k < 2; k++) {
+            const uint4 plain = q.plain[2 * i + k][lane];
+            const uint32_t a[4] = {plain.x, plain.y, plain.z, plain.w};
+            const uint32_t b[2] = {word_of(m, 2 * k), word_of(m, 2 * k + 1)};
+            kvq_mma_s8_s8(mean, a, b);
+        }
     }
-    const float unit = query_scale * largest * (0x1p24f * KVQ_LOG2E);
-    const float shift = query_scale * kvq_half_at(block) * mean[0] * KVQ_LOG2E;
+    /* codes are 16 times as large as they count */
+    const float unit = largest * (KVQ_LOG2E / (16 * KVQ_MIXED_LARGEST));
+    const float of_mean =
+        mine.largest_of_all * kvq_half_at(block) * (KVQ_LOG2E / KVQ_MIXED_LARGEST);
+    const float shift =
+        of_mean * joined(mean[0], mean[2]) - 0.5f * unit * joined(middle[0], middle[2]);
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        s[i] = (product[i / 2][i % 2] - 0.5f * middle[0]) * unit + shift;
-    }
+    for (int i = 0; i < 16; i++)
+        s[i] = joined(product[i / 2][i % 2], product[i / 2][2 + i % 2]) * unit + shift;
 }
 
 /* ---- waves -------------------------------------------------------------------------------- */
@@ -244,7 +317,7 @@ static __device__ __forceinline__ void add_waves(float s[16], float turned[8][2 
             cache.turns_within + (keys.pair[j / 2] * 2 + j % 2) * KVQ_BLOCK + 16 * part;
 #pragma unroll
         for (int i = 0; i < 16; i++) { /* the order of sixteens */
-            s[i] += factor * within[8 * (i / 8) + 4 * (i % 2) + i / 2 % 4];
+            s[i] += factor * within[8 * (i % 2) + i / 2];
         }
     }
 }

@@ -22,7 +22,7 @@ static __device__ __forceinline__ uint32_t word_at(const uint8_t *p) {
 
 /* Byte t of a word as a number, by way of 2^23 + byte. */
 static __device__ __forceinline__ float byte_of(uint32_t word, int t) {
-    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + t)) - 8388608.0f;
+    return __uint_as_float(kvq_permute(word, 0x4b000000u, 0x7440 + t)) - 8388608.0f;
 }
 
 /* As words of c8 have their codes: the lanes of u = lane / 2 % 2 have octets 2 u, 2 u + 1, 4 + u
@@ -36,7 +36,7 @@ struct octets {
     static __device__ __forceinline__ int octet(int column, int which) {
         return octet_of(column / 4, which, column % 2);
     }
-    static __device__ __forceinline__ int half(int column) { return column / 2 % 2; }
+    static __device__ __forceinline__ int half(int column, int) { return column / 2 % 2; }
 
     __device__ __forceinline__ explicit octets(const uint8_t *of_tokens) {
         const int part = threadIdx.x % 4;
@@ -51,15 +51,13 @@ struct octets {
     }
 };
 
-/* As words of t1 and t2 have theirs: a lane has 16 tokens in a row, two octets; a register of A has
- * one half of an octet beside the other, in turns. */
+/* As windows of t1 and t2 come: a lane has 16 tokens in a row, two octets; a register of A has
+ * tokens of one beside those of the other, in turns. */
 struct sixteens {
-    uint32_t words[2][2];
+    uint32_t words[2][2]; /* of each octet */
 
-    static __device__ __forceinline__ int octet(int column, int which) {
-        return column / 2 * 2 + which;
-    }
-    static __device__ __forceinline__ int half(int column) { return column % 2; }
+    static __device__ __forceinline__ int octet(int column, int) { return column; }
+    static __device__ __forceinline__ int half(int, int which) { return which; }
 
     __device__ __forceinline__ explicit sixteens(const uint8_t *of_tokens) {
         const uint4 all = *reinterpret_cast<const uint4 *>(of_tokens + 16 * (threadIdx.x % 4));
@@ -69,8 +67,17 @@ struct sixteens {
         words[1][1] = all.w;
     }
     __device__ __forceinline__ float at(int i) const {
-        return byte_of(words[i / 8][i % 2], i / 2 % 4);
+        return byte_of(words[i % 2][i / 8], i / 2 % 4);
     }
 };
+
+/* Four numbers of 16 bits, in the lower halves of v, as bytes of two registers. */
+static __device__ __forceinline__ void split_bytes(uint32_t &high, uint32_t &low,
+                                                   const uint32_t v[4]) {
+    const uint32_t left = kvq_permute(v[0], v[1], 0x5410);
+    const uint32_t right = kvq_permute(v[2], v[3], 0x5410);
+    low = kvq_permute(left, right, 0x6420);
+    high = kvq_permute(left, right, 0x7531);
+}
 
 #endif

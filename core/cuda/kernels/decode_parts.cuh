@@ -42,7 +42,7 @@ static __device__ __forceinline__ float sum_of_row(float x) {
 template <int D>
 static __device__ __forceinline__ void raise_largest(running<D> &r, float largest) {
     const float now = fmaxf(r.largest, largest);
-    const float factor = exp2f(r.largest - now);
+    const float factor = kvq_exp2(r.largest - now);
     r.largest = now;
     if (__all_sync(0xffffffffu, factor == 1.0f)) return; /* as it is most of the time */
     r.sum *= factor;
@@ -90,7 +90,7 @@ static __device__ __forceinline__ void finish(const running<D> &r, all_warps<D> 
         const float safe = most == -INFINITY ? 0.0f : most; /* no block was this split's */
 #pragma unroll
         for (int k = 0; k < WARPS; k++) {
-            const float factor = exp2f(all.largest[k][q] - safe);
+            const float factor = kvq_exp2(all.largest[k][q] - safe);
             x += factor * all.sums[k][q][c];
             w += factor * all.weights[k][q];
         }

@@ -76,7 +76,7 @@ static __device__ __forceinline__ void add_rows(running<D> &r, const row_queries
         uint32_t a[4];
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
-            const float p[2] = {exp2f(s[tile][0] - r.largest), exp2f(s[tile][1] - r.largest)};
+            const float p[2] = {kvq_exp2(s[tile][0] - r.largest), kvq_exp2(s[tile][1] - r.largest)};
             r.sum += p[0] + p[1];
             split_halves(a[2 * tile], a[2 * tile + 1], p[0], p[1]);
         }

@@ -14,19 +14,11 @@
 
 /* A block's weights times the scales of their tokens, as the two A fragments of a product over 64
  * tokens: rows g the high bytes of query g, rows g + 8 the low ones. `unit` is what brings the sum
- * 128 * high + low into the scale of the running result. */
+ * 256 * high + low into the scale of the running result. */
 struct block_weights {
     uint32_t a[2][4];
     float unit;
 };
-
-/* Four numbers of 14 bits as the bytes of two registers: bits 7 .. 13, and 0 .. 6. */
-static __device__ __forceinline__ void split_bytes(uint32_t &high, uint32_t &low,
-                                                   const uint32_t v[4]) {
-    const uint32_t left = __byte_perm(v[0], v[1], 0x5410), right = __byte_perm(v[2], v[3], 0x5410);
-    low = __byte_perm(left & 0x007f007fu, right & 0x007f007fu, 0x6420);
-    high = __byte_perm(left >> 7 & 0x007f007fu, right >> 7 & 0x007f007fu, 0x6420);
-}
 
 /* Weighs the scores s of a block, whose scales of tokens, in bytes, are `scales`. */
 template <int D, class Order>
@@ -43,17 +35,17 @@ static __device__ __forceinline__ block_weights weigh_block(running<D> &r, const
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            /* relative to the largest of the block, so that 14 bits suffice for all of it */
-            const float p = exp2f(s[4 * four + i] - largest);
+            /* relative to the largest of the block, so that 16 bits suffice for all of it */
+            const float p = kvq_exp2(s[4 * four + i] - largest);
             sum += p;
             /* the last bits of 2^23 + x are x, rounded */
-            v[i] = __float_as_uint(fmaf(p * 64.0f, scales.at(4 * four + i), 8388608.0f));
+            v[i] = __float_as_uint(fmaf(p * 257.0f, scales.at(4 * four + i), 8388608.0f));
         }
         split_bytes(out.a[four / 2][four % 2 * 2], out.a[four / 2][four % 2 * 2 + 1], v);
     }
-    const float of_block = exp2f(largest - r.largest);
+    const float of_block = kvq_exp2(largest - r.largest);
     r.sum += of_block * sum;
-    out.unit = of_block * (KVQ_LEVEL_UNIT / 64.0f);
+    out.unit = of_block * (KVQ_LEVEL_UNIT / 257.0f);
     return out;
 }
 
@@ -62,12 +54,12 @@ template <int D>
 static __device__ __forceinline__ void add_tile(running<D> &r, int tile, const int32_t sum[4],
                                                 float unit) {
 #pragma unroll
-    for (int e = 0; e < 2; e++) r.o[tile][e] += unit * (float)(sum[e] * 128 + sum[2 + e]);
+    for (int e = 0; e < 2; e++) r.o[tile][e] += unit * (float)(sum[e] * 256 + sum[2 + e]);
 }
 
-static __device__ __forceinline__ uint32_t four_levels(const int8_t *level) {
-    return (uint32_t)(uint8_t)level[0] | (uint32_t)(uint8_t)level[1] << 8 |
-           (uint32_t)(uint8_t)level[2] << 16 | (uint32_t)(uint8_t)level[3] << 24;
+static constexpr __device__ uint32_t four_bytes(const int8_t *x) {
+    return (uint32_t)(uint8_t)x[0] | (uint32_t)(uint8_t)x[1] << 8 | (uint32_t)(uint8_t)x[2] << 16 |
+           (uint32_t)(uint8_t)x[3] << 24;
 }
 
 /* ---- c8 ----------------------------------------------------------------------------------- */
@@ -87,10 +79,9 @@ struct c8_values {
         const block_weights w = weigh_block(r, s, order(block + KVQ_C8_SCALES));
         const float unit = w.unit * kvq_half_at(block);
         const uint8_t *const words = block + KVQ_C8_SCALES + KVQ_BLOCK + g * 8 + part % 2 * 4;
-        const uint32_t x_levels[2] = {four_levels(kvq_device_c8_x),
-                                      four_levels(kvq_device_c8_x + 4)};
-        const uint32_t y_levels[2] = {four_levels(kvq_device_c8_y),
-                                      four_levels(kvq_device_c8_y + 4)};
+        constexpr int8_t x_entries[8] = {KVQ_C8_X}, y_entries[8] = {KVQ_C8_Y};
+        constexpr uint32_t x_levels[2] = {four_bytes(x_entries), four_bytes(x_entries + 4)};
+        constexpr uint32_t y_levels[2] = {four_bytes(y_entries), four_bytes(y_entries + 4)};
 #pragma unroll
         for (int i = 0; i < D / 16; i++) { /* 16 channels, 8 pairs */
             if (16 * i >= d) break;
@@ -104,12 +95,12 @@ struct c8_values {
 #pragma unroll
             for (int which = 0; which < 2; which++) {
                 const uint32_t next = codes[which] >> 16;
-                const uint32_t bx[2] = {__byte_perm(x_levels[0], x_levels[1], codes[which]),
-                                        __byte_perm(x_levels[0], x_levels[1], next)};
-                const uint32_t by[2] = {__byte_perm(y_levels[0], y_levels[1], codes[which]),
-                                        __byte_perm(y_levels[0], y_levels[1], next)};
-                kvq_mma_s8(x, w.a[which], bx);
-                kvq_mma_s8(y, w.a[which], by);
+                const uint32_t bx[2] = {kvq_permute(x_levels[0], x_levels[1], codes[which]),
+                                        kvq_permute(x_levels[0], x_levels[1], next)};
+                const uint32_t by[2] = {kvq_permute(y_levels[0], y_levels[1], codes[which]),
+                                        kvq_permute(y_levels[0], y_levels[1], next)};
+                kvq_mma_u8_s8(x, w.a[which], bx);
+                kvq_mma_u8_s8(y, w.a[which], by);
             }
             add_tile(r, 2 * i, x, unit);
             add_tile(r, 2 * i + 1, y, unit);
@@ -119,22 +110,17 @@ struct c8_values {
 
 /* ---- t1, t2 ------------------------------------------------------------------------------- */
 
-/* Windows of the stream, two to a byte: bytes of `low` are their tokens 0 .. 3 and 4 .. 7 of the 16
- * of this lane, of `high` 8 .. 11 and 12 .. 15. Bits before the word come from the one before it.
- */
+/* Windows of the stream, two to a byte, of the 16 tokens of this lane: byte t % 4 of numbers[t / 4]
+ * has those of tokens t and t + 8 in its low and its high half. A window ends with the code of its
+ * token; bits before the word come from the word before. */
 template <int BITS>
-static __device__ __forceinline__ void trellis_windows(uint32_t &low, uint32_t &high,
-                                                       const uint8_t *words) {
+static __device__ __forceinline__ void trellis_windows(uint32_t numbers[2], const uint8_t *words) {
     const int part = threadIdx.x % 4;
-    uint32_t x[4]; /* the windows of four tokens in the low halves of bytes */
-    if (BITS == 2) {
+    if (BITS == 2) { /* the windows lie side by side, as they are wanted */
         const uint32_t word = word_at(words + part * 64);
         const uint32_t shifted = __shfl_up_sync(0xffffffffu, word, 1, 4);
-        const uint32_t before = part ? shifted : 0;
-        x[0] = word << 2 | before >> 30;
-        x[1] = word;
-        x[2] = word >> 2;
-        x[3] = word >> 4;
+        numbers[0] = __funnelshift_l(part ? shifted : 0, word, 2);
+        numbers[1] = word;
     } else {
         const uint32_t word = word_at(words + part / 2 * 64);
         const uint32_t shifted = __shfl_up_sync(0xffffffffu, word, 2, 4);
@@ -142,24 +128,40 @@ static __device__ __forceinline__ void trellis_windows(uint32_t &low, uint32_t &
         /* the lanes of odd number begin 4 places further */
         const uint32_t mine = word >> part % 2 * 4;
         const uint32_t ahead = __funnelshift_r(before, word, part % 2 * 4);
-        x[0] = __funnelshift_r(ahead, mine, 29);
-        x[1] = __funnelshift_r(ahead, mine, 30);
-        x[2] = __funnelshift_r(ahead, mine, 31);
-        x[3] = mine;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t x = __funnelshift_l(ahead, mine, 3 - i);
+            numbers[i] = (x & 0x0f0f0f0fu) | (x << 2 & 0xf0f0f0f0u);
+        }
     }
-    low = (x[0] & 0x0f0f0f0fu) | (x[1] << 4 & 0xf0f0f0f0u);
-    high = (x[2] & 0x0f0f0f0fu) | (x[3] << 4 & 0xf0f0f0f0u);
 }
 
-/* Looks four of 16 levels up: those that the halves of bytes 2 * half and 2 * half + 1 name. A byte
- * permutation has 8 entries; the last bit of a number chooses between two of them. */
-static __device__ __forceinline__ uint32_t look_up(const uint32_t levels[4], uint32_t numbers,
-                                                   int half) {
-    const uint32_t entry = (numbers & 0x77777777u) >> 16 * half;
-    const uint32_t below = __byte_perm(levels[0], levels[1], entry);
-    const uint32_t above = __byte_perm(levels[2], levels[3], entry);
-    const uint32_t choice = kvq_spread_signs(numbers << 4, numbers, half ? 0xfbea : 0xd9c8);
-    return (below & ~choice) | (above & choice);
+/* Two tables of 8 entries, by which kvq_permute looks 16 levels up. Where a window is 8 or more,
+ * the lower table gives not an entry but the sign of one, 0 or -1; so does the upper table below 8,
+ * once the windows' highest bit is turned. A level is the sum of what both give, which the product
+ * makes. */
+struct trellis_tables {
+    uint32_t lower[2], upper[2];
+};
+
+/* Four entries: levels, less the signs that the other table gives for them. No level may be -1,
+ * which would lose its own sign. */
+static constexpr __device__ uint32_t trellis_entries(const int8_t *levels, int first) {
+    uint32_t entries = 0;
+    for (int i = 0; i < 4; i++) {
+        const int level = levels[first + i] + (levels[(first + i + 8) % 16] < 0);
+        entries |= (uint32_t)(uint8_t)level << 8 * i;
+    }
+    return entries;
+}
+
+template <int BITS> static __device__ __forceinline__ trellis_tables trellis_tables_of() {
+    constexpr int8_t t1[16] = {KVQ_T1_LEVELS}, t2[16] = {KVQ_T2_LEVELS};
+    constexpr uint32_t lower[2][2] = {{trellis_entries(t1, 0), trellis_entries(t1, 4)},
+                                      {trellis_entries(t2, 0), trellis_entries(t2, 4)}};
+    constexpr uint32_t upper[2][2] = {{trellis_entries(t1, 8), trellis_entries(t1, 12)},
+                                      {trellis_entries(t2, 8), trellis_entries(t2, 12)}};
+    return {{lower[BITS - 1][0], lower[BITS - 1][1]}, {upper[BITS - 1][0], upper[BITS - 1][1]}};
 }
 
 template <int BITS> struct t_values {
@@ -173,9 +175,7 @@ template <int BITS> struct t_values {
     static __device__ __forceinline__ void add(running<D> &r, const float s[16],
                                                const uint8_t *block, int d) {
         const int g = threadIdx.x % 32 / 4;
-        const int8_t *const level = BITS == 2 ? kvq_device_t2_level : kvq_device_t1_level;
-        const uint32_t levels[4] = {four_levels(level), four_levels(level + 4),
-                                    four_levels(level + 8), four_levels(level + 12)};
+        const trellis_tables tables = trellis_tables_of<BITS>();
         const block_weights w = weigh_block(r, s, order(block + 4));
         const float unit = w.unit * kvq_half_at(block);
 #pragma unroll
@@ -185,12 +185,18 @@ template <int BITS> struct t_values {
                 block + KVQ_T_HEADER + (tile / 2 * 2 * BITS * 16 + tile % 2 * 8 + g) * 4;
             uint32_t numbers[2];
             int32_t sum[4] = {0, 0, 0, 0};
-            trellis_windows<BITS>(numbers[0], numbers[1], words);
+            trellis_windows<BITS>(numbers, words);
 #pragma unroll
             for (int which = 0; which < 2; which++) {
-                const uint32_t b[2] = {look_up(levels, numbers[which], 0),
-                                       look_up(levels, numbers[which], 1)};
-                kvq_mma_s8(sum, w.a[which], b);
+                const uint32_t number = numbers[which], turned = number ^ 0x88888888u;
+                const uint32_t lower[2] = {
+                    kvq_permute(tables.lower[0], tables.lower[1], number),
+                    kvq_permute(tables.lower[0], tables.lower[1], number >> 16)};
+                const uint32_t upper[2] = {
+                    kvq_permute(tables.upper[0], tables.upper[1], turned),
+                    kvq_permute(tables.upper[0], tables.upper[1], turned >> 16)};
+                kvq_mma_u8_s8(sum, w.a[which], lower);
+                kvq_mma_u8_s8(sum, w.a[which], upper);
             }
             add_tile(r, tile, sum, unit);
         }

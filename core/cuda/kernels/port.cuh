@@ -33,17 +33,33 @@
 
 #endif
 
-/* Bytes of y:x of which only the sign is taken, eight times over: byte i is 0xff or 0 by the
- * highest bit of byte s_i, s_i being the i-th four bits of the selector without its highest, which
- * must be set. It is what prmt does with such selectors; __byte_perm masks that bit off. */
-static __device__ __forceinline__ uint32_t kvq_spread_signs(uint32_t x, uint32_t y,
-                                                            uint32_t selector) {
+/* Four of the eight bytes of y:x: byte i by the i-th four bits of the selector, of which three are
+ * the number. The highest one asks for the byte's sign instead: 0xff or 0. __byte_perm masks that
+ * bit off. */
+static __device__ __forceinline__ uint32_t kvq_permute(uint32_t x, uint32_t y, uint32_t selector) {
 #if defined(KVQ_SIM)
-    const uint32_t bytes = __byte_perm(x, y, selector);
-    return (bytes >> 7 & 0x01010101u) * 255u;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t s = selector >> 4 * i, byte = (s & 4 ? y : x) >> 8 * (s & 3) & 0xff;
+        out |= (s & 8 ? (byte >> 7) * 0xff : byte) << 8 * i;
+    }
+    return out;
 #else
     uint32_t out;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(selector));
+    return out;
+#endif
+}
+
+/* 2^x with an error of 2^-22 of it, and 0 where that is below 2^-126: exp2f without the scaling
+ * that keeps denormal numbers. */
+static __device__ __forceinline__ float kvq_exp2(float x) {
+#if defined(KVQ_SIM)
+    const float power = exp2f(x);
+    return power < 0x1p-126f ? 0.0f : power;
+#else
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
     return out;
 #endif
 }
@@ -88,13 +104,13 @@ template <int N> static __device__ __forceinline__ void kvq_cp_wait() {
 /* ---- products of matrices by a warp -------------------------------------------------------------
  *
  * d += A B, the fragments spread over the 32 lanes as PTX defines for mma.m16n8k16 (half) and
- * mma.m16n8k32 (int8). With g = lane / 4 and t = lane % 4:
+ * mma.m16n8k32 (bytes). With g = lane / 4 and t = lane % 4:
  *
- *     f16:  a[i] holds A[g + 8 (i % 2)][2t + 8 (i / 2) + 0..1]       A is 16 x 16
- *           b[i] holds B[2t + 8 i + 0..1][g]                         B is 16 x 8
- *     s8:   a[i] holds A[g + 8 (i % 2)][4t + 16 (i / 2) + 0..3]      A is 16 x 32
- *           b[i] holds B[4t + 16 i + 0..3][g]                        B is 32 x 8
- *     both: d[i] is D[g + 8 (i / 2)][2t + i % 2]                     D is 16 x 8
+ *     halves: a[i] holds A[g + 8 (i % 2)][2t + 8 (i / 2) + 0..1]     A is 16 x 16
+ *             b[i] holds B[2t + 8 i + 0..1][g]                       B is 16 x 8
+ *     bytes:  a[i] holds A[g + 8 (i % 2)][4t + 16 (i / 2) + 0..3]    A is 16 x 32
+ *             b[i] holds B[4t + 16 i + 0..3][g]                      B is 32 x 8
+ *     both:   d[i] is D[g + 8 (i / 2)][2t + i % 2]                   D is 16 x 8
  *
  * The lowest index lies in the lowest bits. All lanes of the warp must take part.
  */
@@ -118,26 +134,42 @@ static __device__ __forceinline__ void kvq_mma_f16(float d[4], const uint32_t a[
 #endif
 }
 
-/* Sums wrap around; they do not saturate. */
-static __device__ __forceinline__ void kvq_mma_s8(int32_t d[4], const uint32_t a[4],
-                                                  const uint32_t b[2]) {
+/* kvq_mma_A_B: A of bytes of type A, B of type B. Sums wrap around; they do not saturate. sm_75 has
+ * half the depth and half the rows. */
 #if defined(KVQ_SIM)
-    cusim::mma_s8(d, a, b);
+#define KVQ_MMA_BYTES(A, B) cusim::mma_##A##_##B(d, a, b);
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+#define KVQ_MMA_BYTES(A, B)                                                                        \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." #A "." #B ".s32 "                        \
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                           \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else /* sm_75 has half the depth and half the rows */
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 "
-                         "{%0,%1}, {%2}, {%3}, {%0,%1};"
-                         : "+r"(d[2 * half]), "+r"(d[2 * half + 1])
-                         : "r"(a[2 * k + half]), "r"(b[k]));
+#else
+#define KVQ_MMA_BYTES(A, B)                                                                        \
+    _Pragma("unroll") for (int i = 0; i < 4; i++) {                                                \
+        const int half = i % 2; /* of the rows */                                                  \
+        asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." #A "." #B ".s32 "                     \
+                     "{%0,%1}, {%2}, {%3}, {%0,%1};"                                               \
+                     : "+r"(d[2 * half]), "+r"(d[2 * half + 1])                                    \
+                     : "r"(a[i]), "r"(b[i / 2]));                                                  \
+    }
 #endif
+
+static __device__ __forceinline__ void kvq_mma_s8_s8(int32_t d[4], const uint32_t a[4],
+                                                     const uint32_t b[2]) {
+    KVQ_MMA_BYTES(s8, s8)
 }
+
+static __device__ __forceinline__ void kvq_mma_s8_u8(int32_t d[4], const uint32_t a[4],
+                                                     const uint32_t b[2]) {
+    KVQ_MMA_BYTES(s8, u8)
+}
+
+static __device__ __forceinline__ void kvq_mma_u8_s8(int32_t d[4], const uint32_t a[4],
+                                                     const uint32_t b[2]) {
+    KVQ_MMA_BYTES(u8, s8)
+}
+
+#undef KVQ_MMA_BYTES
 
 #endif

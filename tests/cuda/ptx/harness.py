@@ -30,7 +30,7 @@ CORE_LIBRARY = ROOT / "build" / "libkvq.a"
 # the two that port.cuh tells apart.
 ARCHITECTURES = ("compute_75", "compute_80")
 # What the build gives single files beside the flags of all (tests/cuda/cuda.mk).
-_FLAGS = {"cache": ["-fmad=false"]}
+_FLAGS = {"cache": ["-fmad=false"], "elementwise": ["-fmad=false"]}
 _HERE = Path(__file__).resolve().parent
 _INCLUDE = [f"-I{ROOT / 'core'}", f"-I{ROOT / 'tests' / 'cuda'}"]
 

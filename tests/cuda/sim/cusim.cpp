@@ -56,7 +56,7 @@ struct Warp {
     unsigned exited;  // or never were
 };
 
-constexpr unsigned max_threads = 1024, warp_size = 32;
+constexpr unsigned warp_size = 32;
 constexpr size_t max_reports = 8; // of one launch
 
 Task tasks[max_threads];
@@ -86,8 +86,18 @@ uint64_t next_random() { // xorshift64
     return random_state ^= random_state << 17;
 }
 
+Mma first_mma() {
+    const char *text = getenv("CUSIM_MMA");
+    if (!text || !strcmp(text, "exact")) return Mma::exact;
+    if (!strcmp(text, "truncating")) return Mma::truncating;
+    if (!strcmp(text, "flushing")) return Mma::flushing;
+    fprintf(stderr, "cusim: CUSIM_MMA is '%s', not exact, truncating or flushing\n", text);
+    exit(2);
+}
+
 Options first_options() {
     Options first;
+    first.mma = first_mma();
     const char *text = getenv("CUSIM_ORDER");
     if (!text || !strcmp(text, "forward")) return first;
     if (!strcmp(text, "reverse")) {
@@ -329,11 +339,14 @@ std::vector<uint64_t> order_of_blocks(uint64_t n_blocks) {
     return order;
 }
 
-bool check_shape(dim3 size, dim3 block, size_t shared) {
+bool check_shape(const Kernel &to_run, dim3 size, dim3 block, size_t shared) {
     const uint64_t n_threads = (uint64_t)block.x * block.y * block.z;
     if (n_threads == 0 || n_threads > max_threads || block.z > 64)
         report("a block of %u x %u x %u threads; 1 to 1024 are possible, 64 in z", block.x, block.y,
                block.z);
+    else if (n_threads > to_run.most_threads)
+        report("a block of %u x %u x %u threads; its __launch_bounds__ allow %u", block.x, block.y,
+               block.z, to_run.most_threads);
     else if (!size.x || !size.y || !size.z || size.x > 0x7fffffffu || size.y > 65535 ||
              size.z > 65535)
         report("a grid of %u x %u x %u blocks; 1 to 2147483647 x 65535 x 65535 are possible",
@@ -387,6 +400,15 @@ bool export_kernel(Kernel exported) {
     return kernels().emplace(std::move(name), std::move(exported)).second;
 }
 
+static unsigned announced = max_threads;
+
+bool announce_bound(unsigned most_threads, unsigned) {
+    announced = most_threads;
+    return true;
+}
+
+unsigned take_bound() { return std::exchange(announced, max_threads); }
+
 const Kernel *find_kernel(const std::string &name) {
     const auto found = kernels().find(name);
     return found == kernels().end() ? nullptr : &found->second;
@@ -403,7 +425,7 @@ bool launch(const Kernel &to_run, dim3 size, dim3 block, size_t shared, void **a
     parameters = arguments;
     n_reported = 0;
     active = {};
-    if (!check_shape(size, block, shared)) {
+    if (!check_shape(to_run, size, block, shared)) {
         kernel = nullptr;
         return false;
     }

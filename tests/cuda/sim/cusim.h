@@ -39,14 +39,20 @@ namespace cusim {
  * others as far as it can; any. Blocks follow the same order. */
 enum class Order { forward, reverse, random };
 
+/* How mma_f16 computes: exactly, rounding the sum once; as a tensor core adds, cutting off bits
+ * that are far below the largest number in a sum (tensor_core.cpp); exactly, but with 0 for
+ * subnormal operands, as tensor cores are not known to do. */
+enum class Mma { exact, truncating, flushing };
+
 struct Options {
     Order order = Order::forward;
     uint64_t seed = 1; // of Order::random
-    bool echo = true;  // print errors to stderr, too
+    Mma mma = Mma::exact;
+    bool echo = true; // print errors to stderr, too
 };
 
 /* Read at each launch. The environment variable CUSIM_ORDER sets the first order of a program:
- * forward, reverse, random, or random:SEED. */
+ * forward, reverse, random, or random:SEED; and CUSIM_MMA its first mma. */
 extern Options options;
 
 /* The errors since the last call, each a sentence; empties the list. */
@@ -61,6 +67,7 @@ struct Kernel {
     std::string name;
     const void *address;
     std::vector<size_t> parameter_sizes;
+    unsigned most_threads;             // of a block: __launch_bounds__, or what every GPU takes
     std::function<void(void **)> call; // one thread; pointers to the parameters
 };
 
@@ -133,9 +140,17 @@ void copy_commit();
 void copy_wait(int n_pending);
 
 void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2], Place at = here());
-void mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2], Place at = here());
+void mma_s8_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2], Place at = here());
+void mma_s8_u8(int32_t d[4], const uint32_t a[4], const uint32_t b[2], Place at = here());
+void mma_u8_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2], Place at = here());
 
 bool export_kernel(Kernel kernel);
+
+constexpr unsigned max_threads = 1024; // of a block
+
+/* What __launch_bounds__ of the next kernel says; describing that kernel uses it up. */
+bool announce_bound(unsigned most_threads, unsigned least_blocks = 0);
+unsigned take_bound();
 
 template <class... P, size_t... I>
 void call_with(void (*kernel)(P...), void **parameters, std::index_sequence<I...>) {
@@ -143,9 +158,11 @@ void call_with(void (*kernel)(P...), void **parameters, std::index_sequence<I...
 }
 
 template <class... P> Kernel describe(const char *name, void (*kernel)(P...)) {
-    return {name, reinterpret_cast<const void *>(kernel), {sizeof(P)...}, [kernel](void **p) {
-                call_with(kernel, p, std::index_sequence_for<P...>{});
-            }};
+    return {name,
+            reinterpret_cast<const void *>(kernel),
+            {sizeof(P)...},
+            take_bound(),
+            [kernel](void **p) { call_with(kernel, p, std::index_sequence_for<P...>{}); }};
 }
 
 template <class... P> bool export_kernel(const char *name, void (*kernel)(P...)) {

@@ -166,6 +166,17 @@ void impossible_launches_are_refused() {
 extern "C" void kvq_test_exported(const int value, int *out) { *out = value; }
 KVQ_EXPORT_KERNEL(kvq_test_exported)
 
+extern "C" __global__ void __launch_bounds__(32, 2) bounded(int *out) { *out = 1; }
+KVQ_EXPORT_KERNEL(bounded)
+
+void launch_bounds_hold() {
+    auto out = buffer<int>(1);
+    CHECK(cusim::find_kernel("bounded")->most_threads == 32);
+    CHECK(launch(bounded, 1, 32, 0, out.data()));
+    CHECK(!launch(bounded, 1, 33, 0, out.data()));
+    CHECK(check::reported("a block of 33 x 1 x 1 threads; its __launch_bounds__ allow 32"));
+}
+
 void exported_kernels_launch_by_name() {
     const cusim::Kernel *kernel = cusim::find_kernel("kvq_test_exported");
     CHECK(kernel && kernel->parameter_sizes == (std::vector<size_t>{sizeof(int), sizeof(int *)}));
@@ -396,7 +407,7 @@ void integer_intrinsics_follow_their_definition() {
         const unsigned a = random_bits(), b = random_bits(), c = random_bits(), s = random_bits();
         int64_t signed_dot = (int)c;
         uint64_t unsigned_dot = c, pair = (uint64_t)b << 32 | a;
-        unsigned permuted = 0;
+        unsigned permuted = 0, with_signs = 0;
         int ones = 0, leading = 0, first = 0;
         for (int k = 0; k < 4; k++) {
             uint8_t x[4], y[4], both[8];
@@ -404,14 +415,16 @@ void integer_intrinsics_follow_their_definition() {
             signed_dot += (int)(int8_t)x[k] * (int)(int8_t)y[k];
             unsigned_dot += (uint64_t)x[k] * y[k];
             const unsigned code = s >> 4 * k & 15; // __byte_perm does not look at its bit 3
-            permuted |= (unsigned)both[code % 8] << 8 * k;
+            const unsigned byte = both[code % 8];
+            permuted |= byte << 8 * k;
+            with_signs |= (code < 8 ? byte : byte / 128 * 255) << 8 * k;
         }
         for (int k = 0; k < 32; k++) ones += (int)(a >> k & 1);
         while (leading < 32 && !(a >> (31 - leading) & 1)) leading++;
         while (first < 32 && !(a >> first & 1)) first++;
         CHECK(__dp4a((int)a, (int)b, (int)c) == (int)(uint32_t)signed_dot);
         CHECK(__dp4a(a, b, c) == (uint32_t)unsigned_dot);
-        CHECK(__byte_perm(a, b, s) == permuted);
+        CHECK(__byte_perm(a, b, s) == permuted && kvq_permute(a, b, s) == with_signs);
         CHECK(__popc(a) == ones && __clz((int)a) == leading && __ffs((int)a) == first + 1);
         CHECK(__mulhi((int)a, (int)b) == (int)(((int64_t)(int)a * (int)b) >> 32));
         CHECK(__umulhi(a, b) == (uint32_t)(((unsigned __int128)a * b) >> 32));
@@ -444,6 +457,7 @@ void float_functions_are_within_an_ulp() {
         const float x = (float)random_bits() / 4294967296.0f * 20 + 0.01f;
         const float y = (float)random_bits() / 4294967296.0f * 2 + 0.01f;
         CHECK(close(__expf(x), exp(x)) && close(exp2f(x), exp2(x)) && close(__logf(y), log(y)));
+        CHECK(close(kvq_exp2(-8 * x), -8 * x < -126 ? 0 : exp2(-8 * x)));
         CHECK(close(rsqrtf(x), 1 / sqrt(x)) && close(__fdividef(x, y), (double)x / y));
         CHECK(close(__powf(x, y), pow(x, y)));
         CHECK(fabs(__sinf(x) - sin(x)) < 1e-7 && fabs(__cosf(x) - cos(x)) < 1e-7);
@@ -639,9 +653,44 @@ void half_products_match_plain_loops() {
     }
 }
 
+void products_can_be_those_of_other_tensor_cores() {
+    /* 1 and sixteen products of two numbers, or of only every fourth; all in d[0]. */
+    const auto kernel = +[](float *out, float x, float y, bool all) {
+        const uint32_t half = kvq_f32_to_f16(x), other = kvq_f32_to_f16(y);
+        const uint32_t pair = all ? half << 16 | half : threadIdx.x % 2 ? 0 : half;
+        const uint32_t a[4] = {pair, pair, pair, pair};
+        const uint32_t b[2] = {other << 16 | other, other << 16 | other};
+        float d[4] = {1, 1, 1, 1};
+        kvq_mma_f16(d, a, b);
+        if (threadIdx.x == 0) *out = d[0];
+    };
+    const auto expect = [&](float x, float y, bool all, float exact, float truncated) {
+        auto out = buffer<float>(1);
+        cusim::options.mma = cusim::Mma::exact;
+        CHECK(launch(kernel, 1, 32, 0, out.data(), x, y, all) && out[0] == exact);
+        cusim::options.mma = cusim::Mma::truncating;
+        CHECK(launch(kernel, 1, 32, 0, out.data(), x, y, all) && out[0] == truncated);
+    };
+    expect(0x1p-12f, 0x1p-11f, true, 1 + 0x1p-19f, 1 + 0x1p-19f);
+    expect(0x1p-12f, 0x1p-12f, true, 1 + 0x1p-20f, 1 + 0x1p-20f); // one bit more is kept
+    expect(0x1p-12f, 0x1p-13f, true, 1 + 0x1p-21f, 1);            // and no two
+    expect(0x1p-12f, 0x1p-12f, false, 1 + 0x1p-22f, 1);           // but not in the result
+    expect(0x1p-12f, -0x1p-13f, true, 1 - 0x1p-21f, 1);           // towards zero
+    expect(INFINITY, -1, true, -INFINITY, -INFINITY);
+    auto out = buffer<float>(1);
+    for (const bool flushes : {false, true}) {
+        cusim::options.mma = flushes ? cusim::Mma::flushing : cusim::Mma::exact;
+        CHECK(launch(kernel, 1, 32, 0, out.data(), 0x1p-24f, 0x1p15f, true));
+        CHECK(out[0] == (flushes ? 1 : 1 + 0x1p-5f));
+        CHECK(launch(kernel, 1, 32, 0, out.data(), 0x1p-14f, 0x1p15f, true) && out[0] == 33);
+    }
+}
+
+template <class A, class B, void multiply(int32_t *, const uint32_t *, const uint32_t *)>
 void byte_products_match_plain_loops() {
     struct Matrices {
-        int8_t a[16][32], b[32][8];
+        A a[16][32];
+        B b[32][8];
         int32_t d[16][8];
     };
     const auto kernel = +[](Matrices *m) {
@@ -653,15 +702,15 @@ void byte_products_match_plain_loops() {
             for (int j = 0; j < 4; j++)
                 b[i] |= (uint32_t)(uint8_t)m->b[4 * t + 16 * i + j][g] << 8 * j;
         for (int i = 0; i < 4; i++) d[i] = m->d[g + 8 * (i / 2)][2 * t + i % 2];
-        kvq_mma_s8(d, a, b);
+        multiply(d, a, b);
         for (int i = 0; i < 4; i++) m->d[g + 8 * (i / 2)][2 * t + i % 2] = d[i];
     };
     for (int round = 0; round < 20; round++) {
         Matrices m;
         for (auto &row : m.a)
-            for (int8_t &x : row) x = (int8_t)random_bits();
+            for (A &x : row) x = (A)random_bits();
         for (auto &row : m.b)
-            for (int8_t &x : row) x = (int8_t)random_bits();
+            for (B &x : row) x = (B)random_bits();
         for (auto &row : m.d)
             for (int32_t &x : row) x = (int32_t)random_bits(); // sums wrap around
         const Matrices before = m;
@@ -698,6 +747,7 @@ const check::Test tests[] = {
     {"deadlocks name the threads and what they wait for",
      deadlocks_name_the_threads_and_what_they_wait_for},
     {"impossible launches are refused", impossible_launches_are_refused},
+    {"launch bounds hold", launch_bounds_hold},
     {"exported kernels launch by name", exported_kernels_launch_by_name},
     {"shared memory begins each block as 0xff", shared_memory_begins_each_block_as_ff},
     {"dynamic shared memory is aligned", dynamic_shared_memory_is_aligned},
@@ -721,7 +771,13 @@ const check::Test tests[] = {
      copies_nobody_waits_for_are_reported_and_forgotten},
     {"misaligned copies are reported", misaligned_copies_are_reported},
     {"half products match plain loops", half_products_match_plain_loops},
-    {"byte products match plain loops", byte_products_match_plain_loops},
+    {"products can be those of other tensor cores", products_can_be_those_of_other_tensor_cores},
+    {"products of signed bytes match plain loops",
+     byte_products_match_plain_loops<int8_t, int8_t, kvq_mma_s8_s8>},
+    {"products of signed and unsigned bytes match plain loops",
+     byte_products_match_plain_loops<int8_t, uint8_t, kvq_mma_s8_u8>},
+    {"products of unsigned and signed bytes match plain loops",
+     byte_products_match_plain_loops<uint8_t, int8_t, kvq_mma_u8_s8>},
     {"products need the whole warp", products_need_the_whole_warp},
 };
 
