@@ -6,7 +6,7 @@
 
 /* out = what the heads of one row of queries see, divided by the sum of weights, out of the basis
  * of the values. Grid: rows of queries (n * group), KV heads. */
-extern "C" __global__ void __launch_bounds__(KVQ_CUDA_MERGE_THREADS)
+extern "C" __global__ void __launch_bounds__(KVQ_CUDA_MERGE_THREADS, 1)
     kvq_cuda_merge(const kvq_cuda_merge_args a) {
     enum { THREADS = KVQ_CUDA_MERGE_THREADS, WARPS = THREADS / 32 };
     __shared__ float factor[KVQ_CUDA_MOST_SPLITS]; /* of each split, first its largest score */
