@@ -205,7 +205,8 @@ typedef struct kvq_session_options {
     int32_t pin_threads;
     /* Where layers run: "cpu"; "cuda" or "cuda:1", an error where there is no such device that
      * pykvq can use; "auto" (or NULL): the first device that can be used, with as many layers as
-     * fit its free memory, else the CPU. kvq_session_stats says what it became. */
+     * fit its free memory, else the CPU. kvq_session_stats says what it became. A process that was
+     * forked after devices were asked for has none. */
     const char *device;
     /* Layers on a GPU, counted from the last; the output matrix goes there too where they are more
      * than the model has. -1: all, or with "auto" as many as fit. */
@@ -260,7 +261,8 @@ typedef struct kvq_session_stats {
  * say otherwise. */
 kvq_status kvq_session_open(kvq_session **out, const kvq_model *model,
                             const kvq_session_options *options);
-void kvq_session_close(kvq_session *session); /* takes NULL */
+/* Takes NULL; not in a process that was forked after the opening. */
+void kvq_session_close(kvq_session *session);
 
 /* Describes the session that kvq_session_open would make, byte for byte, without its memory. */
 kvq_status kvq_session_plan(const kvq_model *model, const kvq_session_options *options,

@@ -50,7 +50,7 @@ def test_streaming_gives_what_token_by_token_gives(
     n = len(targets)
     with tiny.session() as session:
         # On a GPU longer passes round differently, and codes can differ that lie between two.
-        near_ppl, near_kld, near_top1 = (1e-6, 2e-6, 0) if is_exact(session) else (0.01, 0.01, 0.02)
+        near_ppl, near_kld, near_top1 = (1e-6, 1e-7, 0) if is_exact(session) else (0.01, 0.01, 0.02)
     assert result.tokens == n == 2 * (n_ctx // 2 - 1)
     assert result.ppl == pytest.approx(np.exp(-q[np.arange(n), targets].mean()), rel=near_ppl)
     kld = (np.exp(p) * (p - q)).sum(axis=1).mean()

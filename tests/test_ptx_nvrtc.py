@@ -39,7 +39,7 @@ def by_nvrtc(module: str, architecture: str) -> parser.Module:
         builder.Library("cuda_nvrtc", "libnvrtc.so.12"),
         harness.KERNELS / f"{module}.cu",
         architecture.removeprefix("compute_"),
-        [f"-{flag}" for flag in harness._FLAGS.get(module, [])],  # as images.mk: --fmad=false
+        [f"-{flag}" for flag in harness.module_flags(module)],  # as images.mk: --fmad=false
         binary=False,
     )
     return parser.parse(text.rstrip(b"\0").decode())

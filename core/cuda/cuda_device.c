@@ -704,6 +704,7 @@ kvq_status kvq_cuda_open(kvq_device **out, const kvq_cuda_options *o) {
     if (status == KVQ_OK) status = allocate(cuda, o);
     kvq_cuda_leave(cuda);
     if (status != KVQ_OK) {
+        cuda->status = status; /* whose sentence no failure of closing replaces */
         kvq_cuda_close(&cuda->device);
         return status;
     }

@@ -1,7 +1,7 @@
 /* cuda_gpu.h: a GPU in use: its context with the kernels, which all who use it share.
  *
- * The first one makes them, the last one unmakes them; any thread may. Called by session_place.c
- * and cuda_device.c.
+ * The first one makes them, the last one unmakes them; any thread may. session_place.c opens them
+ * for a session, session.c closes them after it.
  */
 #ifndef KVQ_CUDA_GPU_H
 #define KVQ_CUDA_GPU_H

@@ -29,7 +29,7 @@ CUDA_CODE = --compress-mode=size \
             $(foreach a,$(CUDA_CUBINS),-gencode arch=compute_$a,code=sm_$a) \
             $(foreach a,$(CUDA_PTX),-gencode arch=compute_$a,code=compute_$a)
 
-.PHONY: cuda cuda-toolkit cuda-embedded
+.PHONY: cuda cuda-toolkit cuda-embedded cuda-flags
 
 cuda: ## build the CUDA kernels, which `make ext` then embeds (minutes; needs nvcc 13)
 ifeq ($(NVCC),)
@@ -39,8 +39,14 @@ else
 	$(MAKE) --no-print-directory $(CUDA_13) $(CUDA_12)
 endif
 
+# Changes when flags do.
+CUDA_ALL_FLAGS = $(CUDA_FLAGS) $(foreach m,$(CUDA_MODULES),$(CUDA_FLAGS_$m)) $(CUDA_CODE)
+$(CUDA)/flags: cuda-flags
+	@mkdir -p $(@D)
+	@echo '$(CUDA_ALL_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ALL_FLAGS)' >$@
+
 # What ptxas says of registers and memory is kept beside the image, for tests/cuda/resources.py.
-$(CUDA)/13/%.fatbin: core/cuda/kernels/%.cu core/cuda/images.mk
+$(CUDA)/13/%.fatbin: core/cuda/kernels/%.cu $(CUDA)/flags
 	@mkdir -p $(@D)
 	@test -n "$(NVCC)" || { echo "$@ is older than its sources, but there is no nvcc to build it:" \
 		"remove $(CUDA)/13 to go on without."; exit 1; }

@@ -226,6 +226,7 @@ static inline float load_half(const void *p) {
 static inline vf vf_set_half(const void *p) {
     return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)kvq_load_u16(p)));
 }
+/* 11: the larger magnitude, without its sign. */
 static inline vf vf_max_abs(vf a, vf b) { return _mm512_range_ps(a, b, 11); }
 #define VF_OF_EACH(NAME, OP)                                                                       \
     static inline vf NAME(const vf a[4]) {                                                         \
@@ -305,7 +306,7 @@ static inline vd vd_zero(void) { return (vd){vi_zero(), vi_zero()}; }
 static inline vd vd_add(vd sum, vb u0, vb u1, v8 s) {
     sum.here = _mm512_dpbusd_epi32(sum.here, u0, s.first);
     sum.higher = _mm512_dpbusd_epi32(sum.higher, u1, s.last);
-    __asm__("" : "+v"(sum.here), "+v"(sum.higher)); /* in place */
+    __asm__("" : "+v"(sum.here), "+v"(sum.higher)); /* else gcc copies them */
     return sum;
 }
 #define vd_total(sum, bits) vi_add((sum).here, _mm512_srai_epi32((sum).higher, bits))
@@ -329,7 +330,7 @@ static inline vw vw_add_low(const bool two_sums, vw sum, v8 low, vb s0, vb s1) {
     if (two_sums) {
         sum.high = _mm512_dpbusd_epi32(sum.high, low.first, s0);
         sum.low = _mm512_dpbusd_epi32(sum.low, low.last, s1);
-        __asm__("" : "+v"(sum.high), "+v"(sum.low)); /* in place */
+        __asm__("" : "+v"(sum.high), "+v"(sum.low)); /* else gcc copies them */
     } else {
         sum.low = _mm512_dpbusd_epi32(sum.low, low.first, s0);
         sum.low = _mm512_dpbusd_epi32(sum.low, low.last, s1);

@@ -209,7 +209,7 @@ cuda-sass: $(CUDA_13) $(CUDA_12) $(VENV)/.ready-cuda-sass ## check the machine c
 # ---- PTX ----------------------------------------------------------------------------------------
 
 .PHONY: cuda-ptx
-cuda-ptx: ext $(VENV)/.ready-dev ## test the PTX that nvcc makes of the kernels, on the interpreter
+cuda-ptx: ext $(FAKE_CUDA) $(VENV)/.ready-dev $(VENV)/.ready-cuda-12 ## test the PTX that nvcc and NVRTC make of the kernels, on the interpreter
 	$(PY) -m pytest $(CUDA_PTX_TESTS) tests/test_gpu_check.py
 
 # ---- all of it ----------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ test-cuda: $(VENV)/.ready-dev $(if $(NVCC),,cuda-toolkit) ## build the CUDA kern
 	$(MAKE) --no-print-directory -j$(JOBS) -Otarget sim-test sim-defects cuda-resources \
 		cuda-kernels cuda-truncating cuda-driver cuda-python cuda-ptx
 else
-test-cuda: ## build the CUDA kernels and run all their tests; no GPU is needed
+test-cuda:
 	@echo "test-cuda is skipped: nvcc and the simulator's tools are for Linux."
 endif
 

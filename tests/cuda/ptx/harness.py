@@ -29,8 +29,6 @@ CORE_LIBRARY = ROOT / "build" / "libkvq.a"
 # The least that we support, and the first with asynchronous copies and whole products of matrices:
 # the two that port.cuh tells apart.
 ARCHITECTURES = ("compute_75", "compute_80")
-# What the build gives single files beside the flags of all (tests/cuda/cuda.mk).
-_FLAGS = {"cache": ["-fmad=false"], "elementwise": ["-fmad=false"]}
 _HERE = Path(__file__).resolve().parent
 _INCLUDE = [f"-I{ROOT / 'core'}", f"-I{ROOT / 'tests' / 'cuda'}"]
 
@@ -43,6 +41,13 @@ def _newest(suffixes: set[str], *folders: Path) -> float:
     return max(p.stat().st_mtime for p in files)
 
 
+def module_flags(name: str) -> list[str]:
+    """What core/cuda/images.mk gives a module beside the flags of all."""
+    text = (ROOT / "core" / "cuda" / "images.mk").read_text()
+    found = re.search(rf"^CUDA_FLAGS_{name} = (.*)$", text, re.MULTILINE)
+    return found[1].split() if found else []
+
+
 @functools.cache
 def kernels_of(name: str, architecture: str) -> Module:
     """The module of core/cuda/kernels/NAME.cu; compiled to build/cuda/ptx if that is older.
@@ -52,7 +57,7 @@ def kernels_of(name: str, architecture: str) -> Module:
     """
     output = BUILD / architecture / f"{name}.ptx"
     if not output.exists() or output.stat().st_mtime < _newest(_KERNEL_SOURCES, ROOT / "core"):
-        flags = [*_INCLUDE[:1], "-lineinfo", *_FLAGS.get(name, [])]
+        flags = [*_INCLUDE[:1], "-lineinfo", *module_flags(name)]
         compile_ptx(KERNELS / f"{name}.cu", output, architecture, flags)
     return parse(output.read_text())
 

@@ -166,11 +166,11 @@ void impossible_launches_are_refused() {
 extern "C" void kvq_test_exported(const int value, int *out) { *out = value; }
 KVQ_EXPORT_KERNEL(kvq_test_exported)
 
-extern "C" __global__ void __launch_bounds__(32, 2) bounded(int *out) { *out = 1; }
+extern "C" __global__ void __launch_bounds__(32, 2) bounded(int *out) { out[threadIdx.x] = 1; }
 KVQ_EXPORT_KERNEL(bounded)
 
 void launch_bounds_hold() {
-    auto out = buffer<int>(1);
+    auto out = buffer<int>(32);
     CHECK(cusim::find_kernel("bounded")->most_threads == 32);
     CHECK(launch(bounded, 1, 32, 0, out.data()));
     CHECK(!launch(bounded, 1, 33, 0, out.data()));
