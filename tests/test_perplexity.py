@@ -49,8 +49,10 @@ def test_streaming_gives_what_token_by_token_gives(
     q, _ = token_by_token(tiny, kv, random_tokens[:240], n_ctx, window)
     n = len(targets)
     with tiny.session() as session:
-        # On a GPU longer passes round differently, and codes can differ that lie between two.
-        near_ppl, near_kld, near_top1 = (1e-6, 1e-7, 0) if is_exact(session) else (0.01, 0.01, 0.02)
+        # Divergence is summed over a vocabulary in float32: 1e-5 of it.
+        # On a GPU longer passes round differently, and a code that lies between two can be sealed
+        # as the other one: that moves all rows behind by some 1e-3 nats, and by 1e-2 at most.
+        near_ppl, near_kld, near_top1 = (1e-6, 4e-6, 0) if is_exact(session) else (0.03, 0.01, 0.05)
     assert result.tokens == n == 2 * (n_ctx // 2 - 1)
     assert result.ppl == pytest.approx(np.exp(-q[np.arange(n), targets].mean()), rel=near_ppl)
     kld = (np.exp(p) * (p - q)).sum(axis=1).mean()

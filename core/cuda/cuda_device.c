@@ -15,8 +15,10 @@
 #include "cuda/kernels/prepare_args.h"
 
 enum {
-    ATTEND_BLOCKS = 2,       /* blocks of threads per multiprocessor: of attend_W, */
-    DECODE_BLOCKS = 4,       /* and of decode_KIND_W, which hides no latency within a warp */
+    /* Blocks of threads that splits make for each multiprocessor, which may be more than are
+     * resident at once: of attend_W; and of decode_KIND_W, which hides little latency in a warp. */
+    ATTEND_BLOCKS = 2,
+    DECODE_BLOCKS = 4,
     LOGITS_BYTES = 64 << 20, /* room for logits: of one token at least */
     CHUNK_BYTES = 32 << 20,  /* of sealed blocks, about */
     PAGE_BYTES = 2 << 20,    /* what drivers give memory in, where more than that is asked for */

@@ -45,12 +45,10 @@ static size_t block_bytes(kvq_codec_id id, const kvq_kv_shape *sh) {
     return kvq_codecs[id].bytes(sh);
 }
 
-/* Runs of mixed with something of every width, and channels without bits. */
-static void set_runs(kvq_kv_shape *sh) {
-    sh->run[0] = 4;
-    sh->run[1] = 12;
-    sh->run[2] = sh->d / 4;
-    sh->run[3] = sh->d / 4;
+/* Runs of mixed: those asked for, or something of every width, and channels without bits. */
+static void set_runs(kvq_kv_shape *sh, const int *runs) {
+    const int of_each[KVQ_RUNS] = {4, 12, sh->d / 4, sh->d / 4};
+    memcpy(sh->run, runs ? runs : of_each, sizeof sh->run);
 }
 
 static void make_tracks(kvq_track *tracks, owned *o, const attend_options *opt, int d) {
@@ -62,7 +60,7 @@ static void make_tracks(kvq_track *tracks, owned *o, const attend_options *opt, 
                              .shape = kvq_plain_shape(d),
                              .basis = {.kind = KVQ_BASIS_hadamard}};
         if (opt->channel_group) track->shape.group = opt->channel_group;
-        if (track->codec == KVQ_CODEC_mixed) set_runs(&track->shape);
+        if (track->codec == KVQ_CODEC_mixed) set_runs(&track->shape, opt->runs);
         if (side == KVQ_KEYS && opt->n_waves) {
             uint16_t *const pair = own(o, (size_t)opt->n_waves * sizeof *pair);
             for (int j = 0; j < opt->n_waves; j++) pair[j] = (uint16_t)((j * 5 + i) % N_PAIRS);

@@ -21,6 +21,7 @@ typedef struct attend_options {
     int n_waves; /* of keys */
     int chunk_blocks;
     int channel_group; /* channels that share a token's scale; 0: all */
+    const int *runs;   /* of mixed keys: channels of 8, 4, 2, 1 bits; NULL: some of each */
 } attend_options;
 
 typedef struct attend_case {

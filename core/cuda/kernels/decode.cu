@@ -1,7 +1,7 @@
 /* decode.cu: attention of one token's queries over packed blocks, on tensor cores.
  *
- * A warp takes sealed blocks by itself, up to eight query heads of a KV head at once, and keeps all
- * it knows in registers; nothing is unpacked but into fragments.
+ * A warp takes sealed blocks by itself, up to eight query heads of a KV head at once, and keeps its
+ * results in registers; nothing is unpacked but into fragments. Queries lie in shared memory.
  *
  * Scores: the rows of A are queries times the scales of the block's channels, in halves; the
  * columns of B are tokens. A code of 2 bits stays where it lies in its half of a word and is taken
@@ -22,66 +22,68 @@
 #include "cuda/kernels/decode_rows.cuh"
 #include "cuda/kernels/decode_values.cuh"
 
-/* Queries in the order in which codes of BITS come out of their words: word w = 4 * step + lane % 4
- * of a token has the channels 32 / BITS * w + 4 j + k, k the byte, j the place in it. A fragment
- * has j of it: bytes 0 and 2 in its first register, bytes 1 and 3 in its second. */
-template <int BITS, int STEPS> struct key_queries {
-    enum { PLACES = 8 / BITS, PER_WORD = 32 / BITS };
-    __half2 x[STEPS][PLACES][2];
-    float scale; /* x * scale is the query */
+/* How codes of BITS lie: word w = 4 * step + lane % 4 of a token has the channels 32 / BITS * w +
+ * 4 j + k, k the byte, j the place in it. A fragment has j of it: bytes 0 and 2 in its first
+ * register, bytes 1 and 3 in its second. */
+template <int BITS, int D> struct key_words {
+    enum { STEPS = (D * BITS + 127) / 128, PLACES = 8 / BITS, PER_WORD = 32 / BITS };
 };
 
-template <int BITS, int STEPS>
-static __device__ __forceinline__ void load_queries(key_queries<BITS, STEPS> &q, const float *x,
-                                                    int d, bool there) {
-    typedef key_queries<BITS, STEPS> Q;
-    const int part = threadIdx.x % 4;
+/* In shared memory: queries in the order in which codes come out of their words, for all warps of a
+ * block of threads; x times what load_queries returns is the query. */
+struct key_queries {
+    uint2 x[8][32]; /* of step * PLACES + j; of each lane */
+};
+
+template <int BITS, int D>
+static __device__ __forceinline__ float load_queries(key_queries &q, const float *x, int d,
+                                                     bool there) {
+    typedef key_words<BITS, D> W;
+    const int lane = threadIdx.x % 32;
     const float largest = largest_of_query(x, d, there);
     const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
-    q.scale = largest;
-#pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-#pragma unroll
-        for (int j = 0; j < Q::PLACES; j++) {
-            const int c = Q::PER_WORD * (4 * step + part) + 4 * j;
-            const float unit = there && c < d ? inverse / (float)(1 << BITS * j) : 0.0f;
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                q.x[step][j][k] = unit > 0 ? __floats2half2_rn(unit * x[c + k], unit * x[c + k + 2])
-                                           : __floats2half2_rn(0.0f, 0.0f);
-            }
+    for (int i = threadIdx.x / 32; i < W::STEPS * W::PLACES; i += KVQ_CUDA_DECODE_WARPS) {
+        const int step = i / W::PLACES, j = i % W::PLACES;
+        const int c = W::PER_WORD * (4 * step + lane % 4) + 4 * j;
+        const float unit = inverse / (float)(1 << BITS * j);
+        __half2 of[2] = {both(0), both(0)};
+        if (there && c < d) {
+            of[0] = __floats2half2_rn(unit * x[c], unit * x[c + 2]);
+            of[1] = __floats2half2_rn(unit * x[c + 1], unit * x[c + 3]);
         }
+        q.x[i][lane] = make_uint2(bits_of(of[0]), bits_of(of[1]));
     }
+    __syncthreads();
+    return largest;
 }
 
 /* The scores of a block for the query of this lane's row, in units of log 2: those of 16 tokens, in
  * an order of decode_order.cuh. */
-template <class Order, int BITS, int STEPS>
-static __device__ __forceinline__ void score_block(float s[16], const key_queries<BITS, STEPS> &q,
-                                                   const uint8_t *block, const kvq_kv_shape &sh) {
-    typedef key_queries<BITS, STEPS> Q;
+template <class Order, int BITS, int D>
+static __device__ __forceinline__ void score_block(float s[16], const key_queries &q,
+                                                   float of_queries, const uint8_t *block,
+                                                   const kvq_kv_shape &sh) {
+    typedef key_words<BITS, D> W;
     const int part = threadIdx.x % 4, column = threadIdx.x % 32 / 4;
     const int d = sh.d, words = (d * BITS + 31) / 32;
     const uint8_t *const means = block + KVQ_U_SCALES + KVQ_BLOCK; /* one group of channels */
     const uint8_t *const scales = means + d, *const codes = scales + d;
     const uint32_t lowest = ((1u << BITS) - 1) * 0x00010001u;
-    uint32_t scaled[STEPS][Q::PLACES][2];
+    uint32_t scaled[W::STEPS][W::PLACES][2];
     float middle[4] = {0, 0, 0, 0}, mean[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
+    for (int step = 0; step < W::STEPS; step++) {
 #pragma unroll
-        for (int j = 0; j < Q::PLACES; j++) {
-            const int c = Q::PER_WORD * (4 * step + part) + 4 * j;
+        for (int j = 0; j < W::PLACES; j++) {
+            const int c = W::PER_WORD * (4 * step + part) + 4 * j;
             const bool here = c < d; /* beyond, the query is 0 */
             const uint32_t scale = here ? word_at(scales + c) : 0;
             const uint32_t of_mean = here ? word_at(means + c) ^ 0x80808080u : 0; /* from -128 on */
             const __half2 up = both(1 << BITS * j);
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                scaled[step][j][k] =
-                    bits_of(__hmul2(q.x[step][j][k], halves_at(scale, k ? 0x4341 : 0x4240, 1024)));
-            }
-            const uint32_t plain[4] = {bits_of(q.x[step][j][0]), 0, bits_of(q.x[step][j][1]), 0};
+            const uint2 x = q.x[step * W::PLACES + j][threadIdx.x % 32];
+            scaled[step][j][0] = bits_of(__hmul2(halves_of(x.x), halves_at(scale, 0x4240, 1024)));
+            scaled[step][j][1] = bits_of(__hmul2(halves_of(x.y), halves_at(scale, 0x4341, 1024)));
+            const uint32_t plain[4] = {x.x, 0, x.y, 0};
             const uint32_t b[2] = {bits_of(__hmul2(halves_at(of_mean, 0x4240, 1152), up)),
                                    bits_of(__hmul2(halves_at(of_mean, 0x4341, 1152), up))};
             const uint32_t a[4] = {scaled[step][j][0], 0, scaled[step][j][1], 0};
@@ -91,8 +93,8 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
         }
     }
     const float unit =
-        q.scale * kvq_half_at(block + 2) * kvq_half_at(block + 4) * (0x1p24f * KVQ_LOG2E);
-    const float shift = q.scale * kvq_half_at(block) * mean[0] * KVQ_LOG2E;
+        of_queries * kvq_half_at(block + 2) * kvq_half_at(block + 4) * (0x1p24f * KVQ_LOG2E);
+    const float shift = of_queries * kvq_half_at(block) * mean[0] * KVQ_LOG2E;
     const Order token_scales(block + KVQ_U_SCALES);
 #pragma unroll
     for (int which = 0; which < 2; which++) {
@@ -103,7 +105,7 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
             for (int i = 0; i < 4; i++) product[t][i] = 0;
         }
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
+        for (int step = 0; step < W::STEPS; step++) {
             const int w = 4 * step + part;
             const uint8_t *const at = codes + ((Order::octet(column, which) * words + w) * 8 +
                                                4 * Order::half(column, which)) *
@@ -114,7 +116,7 @@ static __device__ __forceinline__ void score_block(float s[16], const key_querie
             for (int t = 0; t < 4; t++) {
                 const uint32_t word = word_of(four, t);
 #pragma unroll
-                for (int j = 0; j < Q::PLACES; j++) {
+                for (int j = 0; j < W::PLACES; j++) {
                     const uint32_t mask = lowest << (BITS * j);
                     const uint32_t a[4] = {scaled[step][j][0], 0, scaled[step][j][1], 0};
                     const uint32_t b[2] = {word & mask, word >> 8 & mask};
@@ -179,24 +181,25 @@ struct block_walk {
     }
 };
 
-template <int D, class Values, int BITS>
-static __device__ __forceinline__ void decode_uniform(const decode_task &task, all_warps<D> &all) {
+template <int BITS, int D, class Values>
+static __device__ __forceinline__ void decode_uniform(const decode_task &task, const Values &values,
+                                                      key_queries &q, all_warps<D> &all) {
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
-    key_queries<BITS, (D * BITS + 127) / 128> q;
     clear(r);
-    load_queries(q, task.x, cache.d, task.there);
+    const float of_queries = load_queries<BITS, D>(q, task.x, cache.d, task.there);
     for (block_walk at(task); at.there(); at.next()) {
         float s[16];
-        score_block<typename Values::order>(s, q, at.block(0), task.keys.shape);
-        Values::add(r, s, at.block(1), cache.d);
+        score_block<typename Values::order, BITS, D>(s, q, of_queries, at.block(0),
+                                                     task.keys.shape);
+        values.add(r, s, at.block(1), cache.d);
     }
     finish(r, all, task.a, task.first, task.n, Values::channel);
 }
 
 template <int D, class Values>
-static __device__ __forceinline__ void decode_mixed(const decode_task &task, all_warps<D> &all,
-                                                    mixed_queries<D> &q) {
+static __device__ __forceinline__ void decode_mixed(const decode_task &task, const Values &values,
+                                                    mixed_queries<D> &q, all_warps<D> &all) {
     const kvq_cuda_cache &cache = task.a.cache;
     running<D> r;
     clear(r);
@@ -206,7 +209,7 @@ static __device__ __forceinline__ void decode_mixed(const decode_task &task, all
         float s[16];
         score_mixed(s, q, mine, at.block(0), task.keys.shape);
         if (task.keys.n_waves) add_waves(s, q.turned[threadIdx.x / 32], cache, task.keys, on, at.b);
-        Values::add(r, s, at.block(1), cache.d);
+        values.add(r, s, at.block(1), cache.d);
     }
     finish(r, all, task.a, task.first, task.n, Values::channel);
 }
@@ -236,38 +239,33 @@ struct halves_blocks {
 };
 
 struct pairs_blocks {
-    template <int D> struct shared {
+    template <int D> union shared {
         all_warps<D> all;
+        key_queries q;
     };
     template <int D>
     static __device__ __forceinline__ void decode(const decode_task &task, shared<D> &sh) {
-        decode_uniform<D, c8_values, 2>(task, sh.all);
+        decode_uniform<2>(task, c8_values(), sh.q, sh.all);
     }
 };
 
 struct trellis_blocks {
-    template <int D> struct shared {
+    template <int D> union shared {
         all_warps<D> all;
-        mixed_queries<D> q;
+        key_queries uniform;
+        mixed_queries<D> mixed;
     };
-    template <int D, class Values>
-    static __device__ __forceinline__ void decode_keys(const decode_task &task, shared<D> &sh) {
-        if (task.keys.codec == KVQ_CODEC_mixed) {
-            decode_mixed<D, Values>(task, sh.all, sh.q);
-        } else if (task.keys.codec == KVQ_CODEC_u1) {
-            decode_uniform<D, Values, 1>(task, sh.all);
-        } else if (task.keys.codec == KVQ_CODEC_u2) {
-            decode_uniform<D, Values, 2>(task, sh.all);
-        } else {
-            decode_uniform<D, Values, 4>(task, sh.all);
-        }
-    }
     template <int D>
     static __device__ __forceinline__ void decode(const decode_task &task, shared<D> &sh) {
-        if (task.values.codec == KVQ_CODEC_t1) {
-            decode_keys<D, t_values<1>>(task, sh);
+        const t_values values = {task.values.codec == KVQ_CODEC_t1};
+        if (task.keys.codec == KVQ_CODEC_mixed) {
+            decode_mixed(task, values, sh.mixed, sh.all);
+        } else if (task.keys.codec == KVQ_CODEC_u1) {
+            decode_uniform<1>(task, values, sh.uniform, sh.all);
+        } else if (task.keys.codec == KVQ_CODEC_u2) {
+            decode_uniform<2>(task, values, sh.uniform, sh.all);
         } else {
-            decode_keys<D, t_values<2>>(task, sh);
+            decode_uniform<4>(task, values, sh.uniform, sh.all);
         }
     }
 };
@@ -316,16 +314,23 @@ static __device__ __forceinline__ void decode(const kvq_cuda_attend_args &a,
     }
 }
 
-#define DECODE(KIND, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_DECODE_WARPS, 2)                    \
+/* RESIDENT blocks at least fit a multiprocessor at a time, as far as registers go; three of the
+ * widest ones would have spills on sm_120. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define WIDE 2
+#else
+#define WIDE 3
+#endif
+#define DECODE(KIND, D, RESIDENT)                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * KVQ_CUDA_DECODE_WARPS, RESIDENT)             \
         kvq_cuda_decode_##KIND##_##D(const kvq_cuda_attend_args a) {                               \
         __shared__ KIND##_blocks::shared<D> shared;                                                \
         decode<D, KIND##_blocks>(a, shared);                                                       \
     }                                                                                              \
     KVQ_EXPORT_KERNEL(kvq_cuda_decode_##KIND##_##D)
-DECODE(halves, 64)
-DECODE(halves, 128)
-DECODE(pairs, 64)
-DECODE(pairs, 128)
-DECODE(trellis, 64)
-DECODE(trellis, 128)
+DECODE(halves, 64, 4)
+DECODE(halves, 128, WIDE)
+DECODE(pairs, 64, 4)
+DECODE(pairs, 128, WIDE)
+DECODE(trellis, 64, 3)
+DECODE(trellis, 128, 2)

@@ -90,7 +90,7 @@ template <int D> struct mixed_queries {
 
 /* What a lane knows of the queries besides. */
 struct mixed_lane {
-    int n_steps, n_units;    /* of the product; of a token */
+    int n_steps, n_units;    /* of the product, 1 at least; of a token */
     float largest[KVQ_RUNS]; /* query of the row times scale in bytes, at most, of each width */
     float largest_of_all;    /* channel of the query */
     int scale;               /* where the block keeps the unit of four channels' scales, */
@@ -99,6 +99,12 @@ struct mixed_lane {
 
 /* The largest number of 16 bits whose high byte, rounded, has a sign of its own: 2^15 - 129. */
 #define KVQ_MIXED_LARGEST 32639.0f
+
+/* Most that 256 * high + low of a sum of products can come to: each channel has one such number,
+ * or, of 8 bits, another that is a 16th of it, times a code of at most 15 * 16. */
+template <int D> static constexpr __device__ float mixed_largest_sum() {
+    return D * (KVQ_MIXED_LARGEST + KVQ_MIXED_LARGEST / 16) * 240;
+}
 
 /* Four numbers of at most that magnitude, rounded, as 256 * high + low; bytes have signs. */
 static __device__ __forceinline__ void split_signed(uint32_t &high, uint32_t &low, float4 x) {
@@ -120,7 +126,7 @@ static __device__ __forceinline__ mixed_lane load_queries(mixed_queries<D> &q, c
                                                           const kvq_kv_shape &sh, bool there) {
     const int lane = threadIdx.x % 32, part = lane % 4, warp = threadIdx.x / 32, d = sh.d;
     const int n_slots = mixed_run_at(sh, MIXED_RUNS).slot;
-    mixed_lane mine = {(n_slots + 3) / 4, 0, {0}, 0, 0, {-1, -1}};
+    mixed_lane mine = {max((n_slots + 3) / 4, 1), 0, {0}, 0, 0, {-1, -1}};
 #pragma unroll
     for (int r = 0; r < KVQ_RUNS; r++) {
         const mixed_run run = mixed_run_at(sh, r + 1);
@@ -158,7 +164,8 @@ static __device__ __forceinline__ mixed_lane load_queries(mixed_queries<D> &q, c
             const bool coded = slot < n_slots;
             const int low = run.unit + 2 * pair, n = run.unit + mixed_run_units(run);
             const uint32_t codes = (1u << run.bits) - 1;
-            q.slots[slot] = {coded ? 32 * low : 0, coded ? 32 * min(low + 1, n - 1) : 0,
+            /* a slot without codes reads what lies before them, and takes it times 0 */
+            q.slots[slot] = {coded ? 32 * low : -32, coded ? 32 * min(low + 1, n - 1) : -32,
                              (codes << (4 + run.bits * i)) * 0x01010101u,
                              coded ? run.scales + slot - run.slot : 0};
         }
@@ -192,11 +199,25 @@ static __device__ __forceinline__ void split_products(uint32_t &high, uint32_t &
                              unit * x.w * scale.w));
 }
 
+/* Both units of a lane's slot, of 8 tokens. */
+struct mixed_codes {
+    uint4 low, high;
+};
+
+template <int D>
+static __device__ __forceinline__ mixed_codes codes_of_step(const mixed_queries<D> &q,
+                                                            const uint8_t *units, int step) {
+    const mixed_slot &slot = q.slots[4 * step + threadIdx.x % 4];
+    return {*reinterpret_cast<const uint4 *>(units + slot.low),
+            *reinterpret_cast<const uint4 *>(units + slot.high)};
+}
+
 /* The scores of a block, in units of log 2. */
 template <int D>
 static __device__ __forceinline__ void score_mixed(float s[16], mixed_queries<D> &q,
                                                    const mixed_lane &mine, const uint8_t *block,
                                                    const kvq_kv_shape &sh) {
+    static_assert(mixed_largest_sum<D>() < 2147483648.0f, "sums of products are 32 bits wide");
     const int lane = threadIdx.x % 32, part = lane % 4, column = lane / 4, d = sh.d;
     const uint8_t *const means = block + KVQ_MIXED_HEADER, *const scales = means + d;
     float *const staged = q.scales[threadIdx.x / 32];
@@ -225,12 +246,14 @@ static __device__ __forceinline__ void score_mixed(float s[16], mixed_queries<D>
     const uint8_t *const units =
         block + kvq_mixed_units_at(&sh) + (column / 2 * mine.n_units * 16 + column % 2 * 8) * 2;
     __syncwarp();
+    mixed_codes next = codes_of_step(q, units, 0);
 #pragma unroll 1
     for (int step = 0; step < mine.n_steps; step++) {
         const mixed_slot slot = q.slots[4 * step + part];
+        const mixed_codes codes = next;
+        /* they come while this step is multiplied; the last step asks for its own again */
+        next = codes_of_step(q, units, min(step + 1, mine.n_steps - 1));
         const float4 *const of_slot = reinterpret_cast<const float4 *>(staged + 8 * slot.scales);
-        const uint4 low = *reinterpret_cast<const uint4 *>(units + slot.low);
-        const uint4 high = *reinterpret_cast<const uint4 *>(units + slot.high);
         const uint32_t highest[2] = {slot.mask, slot.mask};
         uint32_t a[4];
 #pragma unroll
@@ -241,8 +264,8 @@ static __device__ __forceinline__ void score_mixed(float s[16], mixed_queries<D>
         kvq_mma_s8_u8(middle, a, highest);
 #pragma unroll
         for (int t = 0; t < 8; t++) {
-            const uint32_t word =
-                kvq_permute(word_of(low, t / 2), word_of(high, t / 2), t % 2 ? 0x7632 : 0x5410);
+            const uint32_t word = kvq_permute(word_of(codes.low, t / 2), word_of(codes.high, t / 2),
+                                              t % 2 ? 0x7632 : 0x5410);
             const uint32_t b[2] = {word << 4 & slot.mask, word & slot.mask};
             kvq_mma_s8_u8(product[t], a, b);
         }

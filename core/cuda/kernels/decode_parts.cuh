@@ -69,6 +69,7 @@ static __device__ __forceinline__ void finish(const running<D> &r, all_warps<D> 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
     const int d = a.cache.d, n_rows = a.cache.group;
     const float sum = sum_of_row(r.sum);
+    __syncthreads(); /* all warps are done with queries, which may lie in the same place */
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
 #pragma unroll

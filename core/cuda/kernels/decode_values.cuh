@@ -73,8 +73,8 @@ struct c8_values {
     }
 
     template <int D>
-    static __device__ __forceinline__ void add(running<D> &r, const float s[16],
-                                               const uint8_t *block, int d) {
+    __device__ __forceinline__ void add(running<D> &r, const float s[16], const uint8_t *block,
+                                        int d) const {
         const int lane = threadIdx.x % 32, part = lane % 4, g = lane / 4, u = part / 2;
         const block_weights w = weigh_block(r, s, order(block + KVQ_C8_SCALES));
         const float unit = w.unit * kvq_half_at(block);
@@ -144,8 +144,15 @@ struct trellis_tables {
     uint32_t lower[2], upper[2];
 };
 
-/* Four entries: levels, less the signs that the other table gives for them. No level may be -1,
- * which would lose its own sign. */
+/* Whether each level stays in a byte, and keeps its sign, when it is 1 more: -1 would become 0, and
+ * 127 would become -128. */
+static constexpr __device__ bool trellis_fits(const int8_t *levels) {
+    for (int i = 0; i < 16; i++)
+        if (levels[i] == -1 || levels[i] == 127) return false;
+    return true;
+}
+
+/* Four entries: levels, less the signs that the other table gives for them. */
 static constexpr __device__ uint32_t trellis_entries(const int8_t *levels, int first) {
     uint32_t entries = 0;
     for (int i = 0; i < 4; i++) {
@@ -157,6 +164,7 @@ static constexpr __device__ uint32_t trellis_entries(const int8_t *levels, int f
 
 template <int BITS> static __device__ __forceinline__ trellis_tables trellis_tables_of() {
     constexpr int8_t t1[16] = {KVQ_T1_LEVELS}, t2[16] = {KVQ_T2_LEVELS};
+    static_assert(trellis_fits(t1) && trellis_fits(t2), "no level may be -1 or 127");
     constexpr uint32_t lower[2][2] = {{trellis_entries(t1, 0), trellis_entries(t1, 4)},
                                       {trellis_entries(t2, 0), trellis_entries(t2, 4)}};
     constexpr uint32_t upper[2][2] = {{trellis_entries(t1, 8), trellis_entries(t1, 12)},
@@ -164,20 +172,31 @@ template <int BITS> static __device__ __forceinline__ trellis_tables trellis_tab
     return {{lower[BITS - 1][0], lower[BITS - 1][1]}, {upper[BITS - 1][0], upper[BITS - 1][1]}};
 }
 
-template <int BITS> struct t_values {
+struct t_values {
     typedef sixteens order;
+    bool is_t1; /* else t2 */
 
     static __device__ __forceinline__ int channel(int tile, int e) {
         return 8 * tile + (int)(threadIdx.x % 4) * 2 + e;
     }
 
     template <int D>
-    static __device__ __forceinline__ void add(running<D> &r, const float s[16],
-                                               const uint8_t *block, int d) {
-        const int g = threadIdx.x % 32 / 4;
-        const trellis_tables tables = trellis_tables_of<BITS>();
+    __device__ __forceinline__ void add(running<D> &r, const float s[16], const uint8_t *block,
+                                        int d) const {
         const block_weights w = weigh_block(r, s, order(block + 4));
         const float unit = w.unit * kvq_half_at(block);
+        if (is_t1) {
+            add_tiles<1>(r, w, unit, block, d);
+        } else {
+            add_tiles<2>(r, w, unit, block, d);
+        }
+    }
+
+    template <int BITS, int D>
+    static __device__ __forceinline__ void add_tiles(running<D> &r, const block_weights &w,
+                                                     float unit, const uint8_t *block, int d) {
+        const int g = threadIdx.x % 32 / 4;
+        const trellis_tables tables = trellis_tables_of<BITS>();
 #pragma unroll
         for (int tile = 0; tile < D / 8; tile++) {
             if (8 * tile >= d) break;
