@@ -41,11 +41,15 @@ setup: $(VENV)/.ready-dev ## make the virtual environment with all that is neede
 
 # ---- environment --------------------------------------------------------------------------------
 
+PYTHON_NEW = import sys; sys.exit(sys.version_info < (3, 10) and \
+             sys.executable + " is Python %d.%d, expected 3.10 or later: name one, as in" \
+             " make PYTHON=python3.12." % sys.version_info[:2])
 # Debian splits Python: venv and the headers are packages of their own.
 PYTHON_COMPLETE = import ensurepip, os, sysconfig; \
                   assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 $(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_NEW)'
 	@$(PYTHON) -c '$(PYTHON_COMPLETE)' 2>/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "$(PYTHON) lacks venv or its headers: installing python3-venv and python3-dev"; \
@@ -54,7 +58,7 @@ $(VENV)/.ready: pyproject.toml
 		echo "$(PYTHON) lacks venv or its headers; on Debian: sudo apt-get install python3-venv python3-dev"; \
 		exit 1; \
 	fi
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -e .
 	@touch $@
 

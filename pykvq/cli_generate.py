@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from pykvq import cli_options as options
 from pykvq import cli_sampling
-from pykvq.console import UsageError, fail, notice, size, warn
+from pykvq.console import UsageError, counted, fail, notice, print_json, size, warn
 from pykvq.errors import ContextError
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 #: Left for the answer to a long prompt if -n says nothing.
 _ANSWER = 1024
 
+EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _EMPTY = "The prompt is empty, expected some text."
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         interrupted = _write(stream, quiet=args.json)
         result = stream.result
         if args.json:
-            print(json.dumps(_as_json(model, session, result)), flush=True)
+            print_json(_as_json(model, session, result))
         _conclude(result, session.stats, params.greedy)
         if _is_cut(result, limit):
             warn(f"The context of {n_ctx} tokens is full; a larger one can be had with -c.")
@@ -89,6 +89,7 @@ def _announce(args: argparse.Namespace, model: Model, session: Session, form: st
         f"{model.info.name}; KV cache {_cache(args, s)}"
         f"{options.profile_note(model, s.uses_profile)}; {options.device_note(model, s)}; {form}."
     )
+    options.say_why_cpu(args, s)
     options.warn_of_key_bias(model, [s.scheme])
 
 
@@ -142,8 +143,9 @@ def _conclude(result: Generation, cache: SessionStats, greedy: bool) -> None:
     stopped_at = f"{held} of " if held < done.n_prompt else ""
     profile = f" and profile {size(cache.bytes_tables)}" if cache.bytes_tables else ""
     notice(
-        f"prompt {stopped_at}{done.n_prompt} tokens{reused}, {done.prompt_per_second:.1f}/s;"
-        f" written {done.n_generated} tokens, {done.decode_per_second:.1f}/s;"
+        f"prompt {stopped_at}{counted(done.n_prompt, 'token')}{reused},"
+        f" {done.prompt_per_second:.1f}/s;"
+        f" written {counted(done.n_generated, 'token')}, {done.decode_per_second:.1f}/s;"
         f" KV cache {size(cache.bytes_kv)} for {cache.n_ctx} tokens{profile},"
         f" {cache.bits_full:.2f} bits per element; "
         f"{'greedy' if greedy else f'seed {result.seed}'}."
@@ -181,20 +183,20 @@ def chat(args: argparse.Namespace) -> int:
         session = options.open_session(args, model, n_ctx)
         _announce(args, model, session, _COMMANDS)
         conversation = _Conversation(args, model, session, params)
-        interactive = sys.stdin.isatty()
+        interactive, unanswered = sys.stdin.isatty(), 0
         while True:
             try:
                 line = input("> " if interactive and sys.stdout.isatty() else "")
                 if line.strip() == "/exit":
-                    return 0
+                    raise EOFError
                 if line.strip() == "/reset":
                     conversation.reset()
                 elif line.strip() == "/help":
                     notice(f"{_COMMANDS}.")
                 elif line.strip():
-                    conversation.answer(line)
+                    unanswered += not conversation.answer(line)
             except EOFError:
-                return 0
+                return EXIT_ERROR if unanswered and not interactive else 0
             except KeyboardInterrupt:
                 if not interactive:
                     raise
@@ -219,13 +221,20 @@ class _Conversation:
         self._text = ""
         self._ids: list[int] = []
 
-    def answer(self, line: str) -> None:
+    def answer(self, line: str) -> bool:
         """Writes the answer to a line; a line that cannot be answered is forgotten.
+
+        Returns:
+            Whether there is an answer; if not, it has said why.
 
         Raises:
             KeyboardInterrupt: Ctrl-C ended the answer; what there is of it counts as the answer.
         """
-        options.check_line(line)
+        try:
+            options.check_line(line)
+        except UsageError as error:
+            fail(str(error))
+            return False
         messages = [*self._messages, {"role": "user", "content": line}]
         text = self._model.chat_template.render(messages)
         ids = self._encode(text)
@@ -244,7 +253,7 @@ class _Conversation:
                 f"The conversation has {len(ids)} tokens, but the context holds"
                 f" {self._session.n_ctx}; /reset begins a new one, -c gives more room."
             )
-            return
+            return False
         interrupted = _write(stream)
         result = stream.result
         self._messages = [*messages, {"role": "assistant", "content": result.text}]
@@ -257,6 +266,7 @@ class _Conversation:
             )
         if interrupted:
             raise KeyboardInterrupt
+        return True
 
     def _encode(self, text: str) -> list[int]:
         """The tokens of the conversation: what was written stays the tokens that were chosen.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Sized
@@ -11,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pykvq import cli_options as options
-from pykvq.console import ProgressBar, UsageError, size
+from pykvq.console import ProgressBar, UsageError, counted, print_json, size, table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +36,7 @@ def info(args: argparse.Namespace) -> int:
             )
         facts = _machine() if args.devices else _installation()
         if args.json:
-            print(json.dumps(facts))
+            print_json(facts)
         elif args.devices:
             _show_machine(facts)
         else:
@@ -55,7 +54,7 @@ def info(args: argparse.Namespace) -> int:
         schemes = [known.get(name) or scheme_named(name) for name in names or known]
         costs = [_cost(model, scheme, n_ctx, given) for scheme in schemes]
         if args.json:
-            print(json.dumps(_model_facts(model, n_ctx, costs)))
+            print_json(_model_facts(model, n_ctx, costs))
         else:
             _show_model(model, n_ctx, costs, switched_off=args.profile == "none")
     return 0
@@ -97,8 +96,6 @@ def _installation() -> dict[str, Any]:
 
 
 def _show_installation(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-
     table = _table(f"KV schemes (bits per sealed element at head width {facts['d_head']})")
     for name in ("scheme", "keys", "values", "sinks", "window", "what it is"):
         table.add_column(name, overflow="fold")
@@ -109,7 +106,7 @@ def _show_installation(facts: dict[str, Any]) -> None:
             summary += "; not for models whose keys have a bias (Qwen2)"
         row = (s["name"], bits_k, bits_v, str(s["sinks"]), str(s["window"]), summary)
         table.add_row(*row)
-    console = Console(highlight=False)
+    console = table_console()
     console.print(f"pykvq {facts['version']}")
     console.print(f"instruction set: {facts['isa']} (of {', '.join(facts['isa_available'])})")
     console.print(f"known models: {', '.join(facts['models'])}\n")
@@ -234,7 +231,6 @@ def _shown(value: object) -> str:
 
 
 def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]], switched_off: bool) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
     about = model.info
@@ -277,7 +273,7 @@ def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]], switched_
     entries.add_column(overflow="fold")
     for key, value in model.metadata.items():
         entries.add_row(escape(key), escape(_shown(value)))
-    console = Console(highlight=False)
+    console = table_console()
     for table in (facts, types, cache, entries):
         console.print(table)
 
@@ -303,7 +299,7 @@ def tokenize(args: argparse.Namespace) -> int:
             for token in ids
         ]
     if args.json:
-        print(json.dumps({"model": model.info.name, "ids": ids, "pieces": pieces}))
+        print_json({"model": model.info.name, "ids": ids, "pieces": pieces})
         return 0
     if args.ids:
         print(ids)
@@ -311,7 +307,7 @@ def tokenize(args: argparse.Namespace) -> int:
         for token, piece in zip(ids, pieces, strict=True):
             print(f"{token:6d} {piece!r}")
     if args.show_count:
-        print(f"{len(ids)} tokens")
+        print(counted(len(ids), "token"))
     return 0
 
 
@@ -319,12 +315,12 @@ def tokenize(args: argparse.Namespace) -> int:
 
 
 def pull(args: argparse.Namespace) -> int:
-    """Fetches a model; prints the path of its file."""
+    """Fetches a model, or compares the one that is there with its checksum; prints its path."""
     from pykvq import catalogue
 
     name = options.model_name(args)
     assert name is not None  # the command has a default
     with ProgressBar() as progress:
-        path = catalogue.resolve(name, progress=progress)
+        path = catalogue.resolve(name, progress=progress, verify=True)
     print(path)
     return 0

@@ -12,12 +12,12 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pykvq.checks import SESSION_RANGES
-from pykvq.console import ProgressBar, UsageError, warn
-from pykvq.errors import MemoryLimitError, SchemeError
+from pykvq.console import ProgressBar, UsageError, notice, warn
+from pykvq.errors import DeviceError, KvqError, LogitsError, MemoryLimitError, SchemeError
+from pykvq.files import read_text_bytes
 
 if TYPE_CHECKING:
     from pykvq.model import Model
@@ -46,11 +46,30 @@ _INSTEAD = {
 }
 
 
+#: What options of the Python package, which errors name, are called here.
+_FLAGS = {
+    "n_ctx": "-c",
+    "n_batch": "-b",
+    "n_threads": "-t",
+    "n_gpu_layers": "-ngl",
+    **{f"kv_{name}": f"--kv-{name}" for name in ("sinks", "window", "bits", "topk")},
+    "asymkv_layers": "--asymkv-layers",
+}
+_OPTION = re.compile(rf"(?<![\w./-])({'|'.join(_FLAGS)})(?![\w/-]|\.\w)")
+
+
+def in_flags(sentence: str) -> str:
+    """A sentence of the package as users of the command line know its options."""
+    return _OPTION.sub(lambda found: _FLAGS[found[0]], sentence)
+
+
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
     """Turns the ValueError of a value that the user gave into an error of usage."""
     try:
         yield
+    except KvqError:  # a sentence for users already
+        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -76,11 +95,18 @@ def model_text(text: str) -> str:
 
 def _not_utf8(text: str, error: UnicodeEncodeError) -> str:
     # Bytes of arguments and lines that are not UTF-8 come as surrogates from U+DC80 on.
-    return f"the text is not UTF-8: character {error.start} is {text[error.start]!a}"
+    at, found = error.start, ord(text[error.start])
+    if 0xDC80 <= found <= 0xDCFF:
+        return f"the text is not UTF-8: byte {len(text[:at].encode())} is {found - 0xDC00:#04x}"
+    return f"the text is not UTF-8: character {at} is {text[at]!a}"
 
 
 def check_line(line: str) -> None:
-    """Requires that a line of a conversation was UTF-8."""
+    """Requires that a line of a conversation was UTF-8.
+
+    Raises:
+        UsageError: It was not.
+    """
     try:
         line.encode()
     except UnicodeEncodeError as error:
@@ -169,9 +195,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 def read_text(path: str) -> str:
     """The text of a file, or of stdin if that is "-"."""
     if path == "-":
-        name, data = "stdin", sys.stdin.buffer.read()
+        name, data = "stdin", read_text_bytes("stdin", sys.stdin.buffer)
     else:
-        name, data = path, Path(path).read_bytes()
+        with open(path, "rb") as file:
+            name, data = path, read_text_bytes(path, file)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -366,6 +393,8 @@ def add_device(
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_device` as arguments for `Model` and `Model.session`."""
+    if args.n_gpu_layers and args.device == "cpu":
+        raise UsageError("-ngl is of use only with --device cuda, but --device is cpu.")
     return {"device": args.device, "n_gpu_layers": args.n_gpu_layers}
 
 
@@ -395,9 +424,9 @@ def open_session(args: argparse.Namespace, model: Model, n_ctx: int) -> Session:
                 **device_options(args),
             )
     except MemoryLimitError as error:
-        if args.no_memory_check:
+        if args.no_memory_check or " but only " not in str(error):  # what refused is no check
             raise
-        raise UsageError(f"{error} -c gives n_ctx; --no-memory-check tries it anyway.") from error
+        raise UsageError(f"{error} --no-memory-check tries it anyway.") from error
 
 
 def device_note(model: Model, s: SessionStats) -> str:
@@ -407,6 +436,31 @@ def device_note(model: Model, s: SessionStats) -> str:
         return threads
     rest = "" if s.gpu_head else f", the rest on the CPU ({threads})"
     return f"{gpu_note(model, s)}{rest}"
+
+
+def say_why_cpu(args: argparse.Namespace, s: SessionStats) -> None:
+    """Says why --device auto took the CPU, where that may surprise: a GPU is there, or -ngl given.
+
+    Args:
+        args: With the options of `add_device`.
+        s: What became of them.
+    """
+    from pykvq.native_device import devices
+
+    if args.device != "auto" or s.gpu is not None or args.n_gpu_layers == 0:
+        return
+    try:
+        here = devices()
+    except DeviceError as error:
+        why: str | None = str(error)
+    else:
+        why = here.why_none if args.n_gpu_layers else None
+        if here.found:
+            refusals = [device.why_not for device in here.found if not device.usable]
+            idle = "--kv-topk works on the CPU only." if s.kv_topk else "No layer fits a GPU."
+            why = refusals[0] if len(refusals) == len(here.found) else idle
+    if why is not None:
+        notice(f"All layers run on the CPU. {why}")
 
 
 def gpu_note(model: Model, s: SessionStats) -> str:
@@ -452,6 +506,7 @@ def context_size(args: argparse.Namespace, model: Model, otherwise: int) -> int:
 @contextlib.contextmanager
 def open_model(args: argparse.Namespace, **options: Any) -> Iterator[Model]:
     """The model that was named, open; fetching it shows progress."""
+    from pykvq.catalogue import is_cached
     from pykvq.model import Model
 
     name = model_name(args)
@@ -463,7 +518,12 @@ def open_model(args: argparse.Namespace, **options: Any) -> Iterator[Model]:
                 name, progress=progress, profile=False if profile == "none" else profile, **options
             )
         with model:
-            yield model
+            try:
+                yield model
+            except LogitsError as error:
+                known = is_cached(name, model.info.path)
+                hint = f" `pykvq pull {name}` fetches its file anew if it is damaged."
+                raise UsageError(f"{error}{hint if known else ''}") from error
 
 
 # ---- single commands ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pykvq.console import UsageError
+from pykvq.files import kind
 
 
 def require_writable(what: str, output: Path, inputs: Sequence[str] = ()) -> None:
@@ -20,11 +21,12 @@ def require_writable(what: str, output: Path, inputs: Sequence[str] = ()) -> Non
     Raises:
         UsageError: It cannot.
     """
-    folder = output.absolute().parent
+    folder = Path(os.path.realpath(output)).parent  # where a link leads to
     if not folder.is_dir():
         raise UsageError(f"{what} cannot be written to {output}: there is no folder {folder}.")
-    if output.is_dir() or not os.access(folder, os.W_OK):
-        found = "it is a folder" if output.is_dir() else f"the folder {folder} is read-only"
+    there = kind(output)
+    if there is not None or not os.access(folder, os.W_OK):
+        found = f"the folder {folder} is read-only" if there is None else f"it is {there}"
         raise UsageError(f"{what} cannot be written to {output}: {found}; -o names a file.")
     for path in map(Path, inputs):
         if output.exists() and path.exists() and output.samefile(path):

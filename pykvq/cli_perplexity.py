@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pykvq import cli_options as options
-from pykvq.console import UsageError, long_progress, notice
+from pykvq.console import UsageError, counted, long_progress, notice, print_json
 
 if TYPE_CHECKING:
     from pykvq.perplexity import PerplexityResult
@@ -57,13 +56,14 @@ def run(args: argparse.Namespace) -> int:
             f" chunks of {n_ctx} tokens, {'token by token' if args.stream else 'read as prompts'};"
             " scored is the second half."
         )
+        options.say_why_cpu(args, placed.stats)
         about = {"model": model.info.name, "n_ctx": n_ctx, "stream": args.stream}
     if args.json:
         rows = [asdict(result) for result in results]
-        print(json.dumps({**about, "seconds": seconds, "results": rows}))
+        print_json({**about, "seconds": seconds, "results": rows})
     else:
         _show(results, args.kld)
-    notice(f"{results[0].tokens} tokens scored under each scheme; {seconds:.1f} s.")
+    notice(f"{counted(results[0].tokens, 'token')} scored under each scheme; {seconds:.1f} s.")
     return 0
 
 

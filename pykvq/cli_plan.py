@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pykvq import cli_options as options
 from pykvq.checks import MEMORY_MOST
-from pykvq.console import ProgressBar, UsageError, size, warn
+from pykvq.console import ProgressBar, UsageError, print_json, size, warn
 from pykvq.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -76,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
             named[name] = parse_kv(name)
     if args.kv is not None and not named:
         raise UsageError("--kv names no scheme, expected at least one.")
-    if args.n_gpu_layers is not None and args.device == "cpu":
-        raise UsageError("-ngl is of use only with --device cuda.")
+    device = options.device_options(args)
     model_name = options.model_name(args)
     assert model_name is not None  # the command has a default
     profile: str | Literal[False] | None = False if args.profile == "none" else args.profile
@@ -87,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
         open_header(model_name, profile=profile, progress=progress) as model,
     ):
         n_ctx = options.context_size(args, model, model.info.n_ctx_train)
-        rows = _plan(args, model, n_ctx, named)
+        rows = _plan(args, device, model, n_ctx, named)
         if args.json:
-            print(json.dumps(_as_json(model_name, model, n_ctx, rows)))
+            print_json(_as_json(model_name, model, n_ctx, rows))
         else:
             _show(model_name, model, n_ctx, rows, args)
     return 0
@@ -97,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(
     args: argparse.Namespace,
+    device: dict[str, Any],
     model: Model,
     n_ctx: int,
     named: dict[str, tuple[Scheme, float | None]],
@@ -112,7 +111,7 @@ def _plan(
             f"--kv-bits is {kv_bits:g}, but the bits of {', '.join(chosen)} are fixed; choose auto"
             " for a budget."
         )
-    given.update(options.device_options(args))
+    given.update(device)
     memory = args.memory
     if memory is None and args.device == "cpu":
         memory = native.memory_available()  # once, so that all have the same
@@ -122,8 +121,8 @@ def _plan(
         if not named and scheme.profile == "needed" and model.profile_path is None:
             rows.append(_Row(name, scheme, None, "needs a profile"))
             continue
-        if own_bits is None and scheme.has_budget:
-            own_bits = kv_bits
+        if own_bits is None and scheme.has_budget and kv_bits is not None:
+            name, own_bits = f"{name}:{kv_bits:g}", kv_bits
         try:
             plan = model.plan(
                 kv=scheme.name,
@@ -140,7 +139,7 @@ def _plan(
     if len(refused) == len(rows):
         raise refused[0]
     for refusal in refused:
-        warn(str(refusal))
+        warn(options.in_flags(str(refusal)))
     return rows
 
 

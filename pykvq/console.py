@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import time
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pykvq.closing import Closing
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: What takes less than so many seconds gets no progress bar.
 _PATIENCE = 1.0
@@ -39,9 +44,43 @@ def _print(text: str) -> None:
         sys.stderr = nowhere("w")
 
 
+def print_json(facts: object) -> None:
+    """Prints one line of JSON on stdout; null stands for numbers that JSON does not have."""
+    print(json.dumps(_finite(facts), allow_nan=False), flush=True)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def table_console(width: int | None = None) -> Console:
+    """Where tables go: to stdout, whose reader may go away as for any other output.
+
+    Args:
+        width: Of what is no terminal; by default rich's own.
+    """
+    from rich.console import Console
+
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    console = Quiet(highlight=False)
+    return console if width is None or console.is_terminal else Quiet(highlight=False, width=width)
+
+
 def nowhere(mode: str) -> TextIO:
     """A stream in place of one that the process does not have."""
     return cast("TextIO", open(os.devnull, mode, encoding="utf-8"))
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things, of which `what` is the singular."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def size(n_bytes: int) -> str:

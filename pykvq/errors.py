@@ -22,6 +22,10 @@ class TokenizerError(ModelError):
     """The tokenizer metadata of a model file is missing, inconsistent or unsupported."""
 
 
+class LogitsError(ModelError, ValueError):
+    """A model's logits are not finite numbers: its weights or the cache are damaged."""
+
+
 class SchemeError(KvqError, ValueError):
     """The name or an option of a KV cache scheme is not valid."""
 

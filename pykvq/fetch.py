@@ -18,9 +18,11 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import urllib.parse
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -129,22 +131,36 @@ class Artifact:
     source: Source
 
 
-def fetch(artifact: Artifact, *, progress: Progress | None = None, offline: bool = False) -> Path:
+def fetch(
+    artifact: Artifact,
+    *,
+    progress: Progress | None = None,
+    offline: bool = False,
+    verify: bool = False,
+) -> Path:
     """Return the path of a file in the cache, fetching it if it is not there.
 
     Args:
         artifact: The file.
         progress: Told how far a download is.
         offline: Only look into the cache.
+        verify: Whether to compare the checksum of a file that is there; if it is another one, the
+            file is fetched anew, with a warning.
 
     Raises:
         DownloadError: If the file is not in the cache and cannot be fetched, or is not the right
             one.
     """
     final = cache_dir() / artifact.file
-    if _is_complete(final, artifact):
+    wrong = _wrong_checksum(final, artifact) if verify else None
+    if _is_complete(final, artifact) and wrong is None:
         return final
-    if offline:
+    if wrong is not None:
+        found = f"The model file {final} has the SHA-256 {wrong}, expected {artifact.sha256}"
+        if offline:
+            raise DownloadError(f"{found}; it may not be fetched anew while offline.")
+        warnings.warn(f"{found}: it is damaged and is fetched anew.", stacklevel=2)
+    elif offline:
         raise DownloadError(
             f"The model file {artifact.file} is not in the cache {final.parent}, and nothing may be"
             " downloaded while offline."
@@ -152,6 +168,8 @@ def fetch(artifact: Artifact, *, progress: Progress | None = None, offline: bool
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final, progress):
+            if wrong is not None and _wrong_checksum(final, artifact) is not None:
+                final.unlink()
             if not _is_complete(final, artifact):  # else the process that held the lock made it
                 _fill(final, artifact, progress)
     except OSError as error:
@@ -165,6 +183,23 @@ def fetch(artifact: Artifact, *, progress: Progress | None = None, offline: bool
 def _is_complete(final: Path, artifact: Artifact) -> bool:
     # The checksum was compared before the file got this name; the size tells later accidents.
     return final.is_file() and final.stat().st_size == artifact.n_bytes
+
+
+def _wrong_checksum(final: Path, artifact: Artifact) -> str | None:
+    """The checksum of a file of the right size, if it is not the one that is expected."""
+    if not _is_complete(final, artifact):
+        return None
+    with open(final, "rb") as file:
+        found = _digest(file).hexdigest()
+    return None if found == artifact.sha256 else found
+
+
+def _digest(file: IO[bytes]) -> HASH:
+    """The digest of a file from where it stands to its end."""
+    digest = hashlib.sha256()
+    for chunk in iter(lambda: file.read(_CHUNK), b""):
+        digest.update(chunk)
+    return digest
 
 
 @contextlib.contextmanager
@@ -317,8 +352,11 @@ def _pip_download(
     found = sorted(target.glob("*.whl"))
     if code != 0 or len(found) != 1:
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-        reason = (errors or lines or [f"exit status {code}, {len(found)} wheels"])[-1]
-        raise DownloadError(f"pip cannot fetch {member.requirement}: {reason.rstrip('.')}.")
+        reason = (errors or lines or [f"exit status {code}, {len(found)} wheels"])[-1].rstrip(".")
+        if any("connection broken" in line for line in lines):
+            causes = re.findall(r"\[Errno -?\d+\] ([^)'\"]+)", "\n".join(lines))
+            reason = f"the package index could not be reached ({(causes or [reason])[-1]})"
+        raise DownloadError(f"pip cannot fetch {member.requirement}: {reason}.")
     os.replace(found[0], wheel)
     shutil.rmtree(staging)
 
@@ -420,13 +458,11 @@ class Url:
     def obtain(self, work: Path, n_bytes: int, report: Callable[[int], None]) -> tuple[Path, str]:
         """See `Source.obtain`."""
         part = work / "url.part"
-        digest = hashlib.sha256()
         with open(part, "ab+") as out:
             if out.tell() > n_bytes:
                 out.truncate(0)
             out.seek(0)
-            for chunk in iter(lambda: out.read(_CHUNK), b""):
-                digest.update(chunk)
+            digest = _digest(out)
             n_done = out.tell()
             if n_done < n_bytes:
                 digest = self._continue(out, n_done, n_bytes, digest, report)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pykvq import native
 from pykvq._native import ffi
-from pykvq.checks import MEMORY_MOST, SESSION_RANGES, whole_number
+from pykvq.checks import MEMORY_MOST, SESSION_RANGES, budget, device_name, whole_number
 from pykvq.closing import Closing
 from pykvq.errors import ModelError
 from pykvq.metadata import Metadata
@@ -154,7 +154,8 @@ class Model(Closing):
                 device that can be used; "auto": the first device that can be used, with as many
                 layers as fit its memory, else the CPU. `Session.stats` says what it became.
             n_gpu_layers: Layers on the GPU, counted from the last, the output matrix after all of
-                them; by default all, or with "auto" as many as fit.
+                them; by default all, or with "auto" as many as fit. With "cpu" more than 0 are an
+                error.
             header_only: Whether the file may end behind its header. A model without weights
                 (`has_weights`) can be asked what it is and plan sessions, but open none.
             progress: Told how far downloads and long prompts are.
@@ -181,12 +182,12 @@ class Model(Closing):
         self._options: dict[str, Any] = {
             "kv": kv,
             **numbers,
-            "kv_bits": kv_bits,
+            "kv_bits": None if kv_bits is None else budget(kv_bits),
             "kv_topk": kv_topk,
             "asymkv_layers": asymkv_layers,
             "memory_check": memory_check,
             "pin_threads": pin_threads,
-            "device": device,
+            "device": device_name(device),
             "progress": progress,
         }
         self._profile: Path | Literal[False] | None = None
@@ -195,7 +196,8 @@ class Model(Closing):
         elif profile is not None and profile != "auto":
             self._profile = Path(profile).expanduser()
             if not self._profile.is_file():
-                raise ModelError(f"The profile {self._profile} is not there, or is not a file.")
+                named = os.fspath(profile) or "of an empty name"
+                raise ModelError(f"The profile {named} is not there, or is not a file.")
         from pykvq import catalogue  # takes a while, and only this needs it
 
         path = catalogue.resolve(path_or_name, progress=progress)
@@ -367,7 +369,8 @@ class Model(Closing):
         """Opens a session: an empty timeline of tokens with a KV cache of its own.
 
         What is not given is as the model was opened with; `kv_window`, `kv_sinks`, `kv_bits`,
-        `kv_topk` and `asymkv_layers` of the model hold only for its own scheme.
+        `kv_topk` and `asymkv_layers` of the model hold only for its own scheme, `n_gpu_layers` only
+        for its own device.
 
         Raises:
             SchemeError: The KV scheme is not known.
@@ -437,6 +440,9 @@ class Model(Closing):
             options.update(
                 kv_window=None, kv_sinks=None, kv_bits=None, kv_topk=None, asymkv_layers=None
             )
+        device = given.get("device")
+        if device is not None and device != options["device"]:
+            options["n_gpu_layers"] = None
         options.update({key: value for key, value in given.items() if value is not None})
         return options
 

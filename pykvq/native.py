@@ -236,12 +236,14 @@ def block_tokens() -> int:
     return schemes()[0].block
 
 
-def scheme_named(name: str) -> Scheme:
+def scheme_named(name: object) -> Scheme:
     """The scheme of a name, at the usual width of a head.
 
     Raises:
         SchemeError: There is none of this name; it names those that are spelled alike.
     """
+    if not isinstance(name, str):
+        raise SchemeError(f"The KV scheme is {name!r}, expected a name, such as 'skvq'.")
     known = {scheme.name: scheme for scheme in schemes()}
     if name not in known:
         raise SchemeError(unknown_scheme(name, known))

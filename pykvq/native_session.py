@@ -314,6 +314,9 @@ class SessionHandle:
 
     def close(self) -> None:
         """Frees the cache, after a call that is running has been cancelled and has returned."""
+        if os.getpid() != self._pid:
+            self._finalizer()  # whoever held the locks when it was forked holds them for ever
+            return
         self.cancel()
         with self._lock, self._cancel_lock:
             self._finalizer()
@@ -427,6 +430,8 @@ class SessionHandle:
 
     def cancel(self) -> None:
         """Makes the running `eval` stop, or else the next one; any thread may call it."""
+        if os.getpid() != self._pid:
+            return
         with self._cancel_lock:
             if not self.closed:
                 lib.kvq_session_cancel(self._pointer)

@@ -6,6 +6,7 @@ is in them, and the core reads them for its sessions with a reader of its own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykvq.errors import ModelError
+from pykvq.files import replacing
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -132,14 +134,12 @@ def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
     The file gets its name when it is complete.
 
     Raises:
+        KvqError: There is something else than a regular file at the path.
         OSError: It cannot be written.
     """
     from gguf import GGUFWriter
 
-    path = Path(path)
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        writer = GGUFWriter(work, ARCHITECTURE)
+    with replacing(path) as work, contextlib.closing(GGUFWriter(work, ARCHITECTURE)) as writer:
         writer.add_name(profile.name)
         writer.add_uint32("kvq.profile.version", VERSION)
         writer.add_uint64("kvq.profile.fingerprint", profile.fingerprint)
@@ -155,10 +155,6 @@ def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def _numbers(profile: Profile) -> tuple[int, int, int]:

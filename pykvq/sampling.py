@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pykvq.errors import LogitsError
 from pykvq.sampling_params import SamplingParams
 from pykvq.stop_strings import StopStrings
 
@@ -520,13 +521,21 @@ def _checked_logits(logits: npt.ArrayLike) -> npt.NDArray[Any]:
     raw = np.asarray(logits)
     if raw.ndim != 1 or raw.size == 0:
         raise ValueError(f"The logits have shape {raw.shape}, but one row [n_vocab] is expected.")
-    largest = float(raw.max())
-    if not math.isfinite(largest):  # NaN, if any is NaN
-        raise ValueError(
+    require_finite(float(raw.max()))  # NaN, if any is NaN
+    return raw
+
+
+def require_finite(largest: float) -> None:
+    """Requires that the largest logit of a row is a number, as those of sound weights are.
+
+    Raises:
+        LogitsError: It is not.
+    """
+    if not math.isfinite(largest):
+        raise LogitsError(
             f"The largest logit is {largest}, but a finite number is expected; the model's"
             " weights or its cache are damaged."
         )
-    return raw
 
 
 def _log_normalizer(logits: FloatArray) -> float:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pykvq import interruptible, native
 from pykvq._native import ffi
-from pykvq.checks import SESSION_RANGES, asymkv_pair, budget, whole_number
+from pykvq.checks import SESSION_RANGES, asymkv_pair, budget, device_name, whole_number
 from pykvq.closing import Closing
 from pykvq.errors import Cancelled, ContextError, KvqError
 from pykvq.native import ModelHandle
@@ -83,7 +83,7 @@ def core_options(
         "l_v": l_v,
         "memory_check": memory_check,
         "pin_threads": pin_threads,
-        "device": device,
+        "device": device_name(device),
         "n_gpu_layers": _option("n_gpu_layers", n_gpu_layers, -1),
     }
 
@@ -569,7 +569,7 @@ def _require_prompt(prompt: object) -> None:
 
 
 def _kind(value: object, first: object) -> str:
-    inside = "" if first is None else f" with a {type(first).__name__}"
+    inside = "" if first is None else f" of {type(first).__name__}"
     return f"of type {type(value).__name__}{inside}"
 
 

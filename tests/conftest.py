@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import quantize
 from stand_in import StandIn, is_stand_in, open_stand_in
 
@@ -138,6 +138,13 @@ def write_tiny(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def write_nan(path: Path, tensor: str = "output_norm.weight") -> Path:
+    """Writes a model of `write_tiny` of which one tensor, of float32, is NaN everywhere."""
+    [found] = [t for t in GGUFReader(write_tiny(path), "r+").tensors if t.name == tensor]
+    found.data[:] = np.nan
     return path
 
 

@@ -363,7 +363,7 @@ def test_ratios_are_against_the_fastest_setting_of_the_peer() -> None:
         (["-p", "0", "-n", "0"], "there is nothing to time"),
         (["-p", "-1"], "n_prompt is -1, expected a whole number from 0"),
         (["-r", "0"], "repetitions is 0"),
-        (["-b", "0"], "n_batch is 0"),
+        (["-b", "0"], "-b is 0"),
         (["-d", "0,x"], "'0,x' is not a list of whole numbers"),
         (["-d", ","], "There are no depths"),
         (["-d", "-5"], "A depth is -5"),

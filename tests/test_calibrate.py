@@ -15,7 +15,7 @@ import pytest
 from conftest import write_tiny
 from gguf import GGUFReader, GGUFWriter
 
-from pykvq import Model, ModelError, catalogue
+from pykvq import KvqError, Model, ModelError, catalogue
 from pykvq.calibrate import calibrate, key_basis, key_order, profile_of, value_basis
 from pykvq.cli import main
 from pykvq.eval.rope import Rotation
@@ -387,8 +387,10 @@ def test_a_profile_that_cannot_be_written_leaves_nothing_behind(
     profile: Profile, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(KvqError, match="taken is a folder, expected a regular file"):
         write_profile(tmp_path / "taken", profile)
+    with pytest.raises(FileNotFoundError):
+        write_profile(tmp_path / "absent" / "file", profile)
     assert os.listdir(tmp_path) == ["taken"]
 
 

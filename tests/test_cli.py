@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -263,7 +264,7 @@ def test_chat_refuses_a_turn_that_does_not_fit_and_goes_on(
     tiny_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed(monkeypatch, "the " * 200 + "\nHi\n")
-    assert main(["chat", str(tiny_path), "--ignore-eos", "-n", "2", "-c", "64"]) == 0
+    assert main(["chat", str(tiny_path), "--ignore-eos", "-n", "2", "-c", "64"]) == 2
     err = capsys.readouterr().err
     assert re.search(r"error: The conversation has \d+ tokens, but the context holds 64", err)
     assert "written 2 tokens" in err
@@ -288,9 +289,19 @@ def test_chat_refuses_a_line_that_is_not_utf8(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
     assert main(["chat", str(tiny_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == (
-        "pykvq: error: In a line of stdin the text is not UTF-8: character 1 is '\\udcff'."
-    )
+    assert error == ("pykvq: error: In a line of stdin the text is not UTF-8: byte 1 is 0xff.")
+    assert main(["chat", str(tiny_path)]) == 0  # stdin has ended
+
+
+def test_chat_goes_on_after_a_line_that_is_not_utf8(
+    tiny_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"Hi\n\xc3\xa4\xff\nHi again\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    assert main(["chat", str(tiny_path), "-n", "2"]) == 2
+    _, first, error, second = capsys.readouterr().err.splitlines()
+    assert "byte 2 is 0xff" in error
+    assert "reused" not in first and "reused" in second
 
 
 class Terminal:
@@ -583,7 +594,7 @@ ERRORS = {
         ["run", "{tiny}", "-p", "a", "--kv", "auto", "--kv-bits", "0.4"],
         r"0\.4 bits .* auto takes 0\.\d+ to 6",
     ),
-    "no bits": (["run", "{tiny}", "-p", "a", "--kv", "auto", "--kv-bits", "0"], r"kv_bits is 0"),
+    "no bits": (["run", "{tiny}", "-p", "a", "--kv", "auto", "--kv-bits", "0"], r"--kv-bits is 0"),
     "bits that are no number": (["run", "{tiny}", "--kv-bits", "few"], r"'few' is not a number"),
     "bits of a fixed scheme": (["run", "{tiny}", "-p", "a", "--kv-bits", "2"], r"skvq are fixed"),
     "no scheme": (["perplexity", "{tiny}", "-p", "a", "--kv", ","], r"--kv names no scheme"),
@@ -602,7 +613,7 @@ ERRORS = {
     ),
     "prompt with a lone surrogate": (
         ["run", "{tiny}", "-p", "a\udcff"],
-        r"-p/--prompt: the text is not UTF-8: character 1 is '\\udcff'",
+        r"-p/--prompt: the text is not UTF-8: byte 1 is 0xff",
     ),
     "text with a lone surrogate": (["tokenize", "{tiny}", "-p", "\udcff"], r"is not UTF-8"),
     "system message with a lone surrogate": (
@@ -638,7 +649,7 @@ ERRORS = {
     "unknown command": (["walk"], r"invalid choice: 'walk'"),
     "no number": (["run", "{tiny}", "-n", "many"], r"'many' is not a whole number"),
     "number too small": (["run", "{tiny}", "-t", "0"], r"0 is below 1"),
-    "too many threads": (["run", "{tiny}", "-p", "a", "-t", "5000"], r"n_threads is 5000"),
+    "too many threads": (["run", "{tiny}", "-p", "a", "-t", "5000"], r"error: -t is 5000"),
     "sampling out of range": (["run", "{tiny}", "-p", "a", "--top-p", "2"], r"top_p is 2\.0"),
     "unknown sampler": (
         ["run", "{tiny}", "-p", "a", "--samplers", "magic"],
@@ -654,6 +665,15 @@ ERRORS = {
         ["run", "{tiny}", "--raw", "-sys", "a", "-p", "a"],
         r"needs a chat template",
     ),
+    "layers on a GPU without one": (
+        ["run", "{tiny}", "-p", "a", "--device", "cpu", "-ngl", "99"],
+        r"-ngl is of use only with --device cuda, but --device is cpu",
+    ),
+    "address of a model": (
+        ["run", "http://127.0.0.1:9/m.gguf", "-p", "a"],
+        r"http://127\.0\.0\.1:9/m\.gguf is a URL, which only `pykvq plan` reads",
+    ),
+    "empty profile": (["run", "{tiny}", "-p", "a", "--profile", ""], r"of an empty name"),
     "empty stop string": (["run", "{tiny}", "-p", "a", "-r", ""], r"stop string is empty"),
 }
 
@@ -726,6 +746,23 @@ def test_ctrl_c_ends_run_with_its_statistics_and_130(tiny_path: Path) -> None:
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert b"written" in err
+
+
+def test_a_reader_that_goes_away_ends_tables_quietly(tiny_path: Path) -> None:
+    for args in (["info"], ["info", str(tiny_path)]):
+        with subprocess.Popen(
+            [*COMMAND, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            assert process.wait(30) == 141
+            assert process.stderr is not None
+            assert process.stderr.read() == b""
+
+
+def test_numbers_that_json_lacks_are_null(capsys: Capture) -> None:
+    console.print_json({"a": [math.nan, 1.5], "b": (math.inf, "NaN", None)})
+    assert capsys.readouterr().out == '{"a": [null, 1.5], "b": [null, "NaN", null]}\n'
 
 
 def test_a_reader_that_goes_away_ends_run_quietly(tiny_path: Path) -> None:

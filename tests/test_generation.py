@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from dataclasses import fields
 from pathlib import Path
@@ -9,10 +10,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import is_exact, write_tiny
+from conftest import is_exact, write_nan, write_tiny
 
-from pykvq import ContextError, Generation, KvqError, Model, SamplingParams, Session
+from pykvq import (
+    ContextError,
+    Generation,
+    KvqError,
+    LogitsError,
+    Model,
+    SamplingParams,
+    Session,
+    catalogue,
+)
+from pykvq.cli import main
 from pykvq.generation import SamplingOptions, merge_sampling
+from pykvq.perplexity import perplexity
 
 PROMPT = "the end and the other"
 
@@ -159,7 +171,7 @@ def test_counts_that_are_no_whole_numbers_are_refused(tiny: Model, wrong: object
     [
         (None, TypeError, "of type NoneType, expected a str or token ids"),
         (b"hi", TypeError, "of type bytes"),
-        (["hi"], TypeError, "of type list with a str"),
+        (["hi"], TypeError, "of type list of str"),
         ([{"role": "user", "content": "hi"}], TypeError, r"dict.*chat_template\.render\(messages"),
         ("", ValueError, "The prompt is empty, expected some text or at least one token"),
         ([], ValueError, "The prompt is empty"),
@@ -367,3 +379,40 @@ def test_stats_add_up(tiny: Model) -> None:
         assert session.n_tokens == 69
         assert stats.prompt_per_second == pytest.approx(50 / stats.seconds_prompt)
         assert stats.decode_per_second == pytest.approx(19 / stats.seconds_decode)
+
+
+# ---- damaged weights ------------------------------------------------------------------------
+
+
+def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    with Model(write_nan(tmp_path / "nan.gguf"), kv="f16", device="cpu") as model:
+        with model.session() as session, pytest.raises(LogitsError, match="largest logit is nan"):
+            session.generate(PROMPT, 5)
+        with pytest.raises(LogitsError, match="largest logit is nan"):
+            perplexity(model, list(range(200)), ["skvq"], n_ctx=100, stream=True, kv_window=0)
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "perplexity", "eval"])
+def test_commands_say_so_where_logits_are_no_numbers(
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYKVQ_CACHE", str(tmp_path))
+    catalogue.cards.cache_clear()
+    name = next(iter(catalogue.cards()))
+    path = write_nan(tmp_path / catalogue.cards()[name].artifact.file)
+    monkeypatch.setattr("pykvq.fetch._is_complete", lambda *_: True)
+    text = tmp_path / "text"
+    text.write_text("the end and the other " * 300)
+    file = [] if command == "chat" else ["-f", str(text)]
+    small = ["--kv", "q8_0", "-c", "1000"] if command != "run" else ["-c", "4000"]
+    for model, ending in ((str(path), "damaged."), (name, f"`pykvq pull {name}` fetches")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+        assert main([command, model, *file, *small]) == 2
+        out, err = capsys.readouterr()
+        assert "The largest logit is nan" in err
+        assert "Traceback" not in err
+        assert ending in err.splitlines()[-1]
+        assert "nan" not in out

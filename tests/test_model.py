@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -280,6 +280,37 @@ def test_any_integer_type_is_a_number(tiny_path: Path) -> None:
     for wrong in (64.0, "64", True):
         with pytest.raises(ValueError, match=f"n_ctx is {wrong!r}, expected a whole number"):
             Model(tiny_path, n_ctx=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("kv", 3, "The KV scheme is 3, expected a name"),
+        ("kv", ["skvq"], r"The KV scheme is \['skvq'\], expected a name"),
+        ("device", 0, "device is 0, expected auto, cpu, cuda or cuda:N"),
+        ("device", "cpu\0x", r"device is 'cpu\\x00x', expected auto"),
+        ("device", "\udcff", r"device is '\\udcff', expected auto"),
+        ("kv_bits", "2", "kv_bits is '2', expected a number from 0.1 to 16"),
+        ("kv_bits", True, "kv_bits is True, expected a number"),
+    ],
+)
+def test_option_of_another_type_is_named(
+    tiny_path: Path, tiny: Model, option: str, value: Any, expected: str
+) -> None:
+    for use in (tiny.session, tiny.plan, lambda **o: Model(tiny_path, **o)):
+        with pytest.raises(ValueError, match=expected):
+            use(**{option: value})
+    with pytest.raises(SchemeError, match="The KV scheme is None, expected a name"):
+        Model(tiny_path, kv=None)  # type: ignore[arg-type]
+
+
+def test_layers_on_a_gpu_are_refused_where_the_device_is_the_cpu(tiny_path: Path) -> None:
+    with Model(tiny_path, device="cuda", n_gpu_layers=2) as model:
+        for use in (model.session, model.plan):
+            with pytest.raises(ValueError, match="n_gpu_layers is 3, but the device is cpu"):
+                use(device="cpu", n_gpu_layers=3)
+            use(device="cpu", n_gpu_layers=0)
+            use(device="cpu")  # the layers that the model was opened with were for its own device
 
 
 def test_the_ranges_of_numbers_are_those_of_the_core(tiny: Model) -> None:

@@ -708,7 +708,7 @@ def test_sizes_are_read_in_the_units_that_they_name(text: str, n_bytes: int) -> 
         (["{tiny}", "--device", "cuda:63"], r"CUDA device 63 is not here .* \(--memory\)"),
         (["{tiny}", "--kv", "auto:few"], r"'auto:few' gives 'few' to the KV scheme auto, expected"),
         (["{tiny}", "--kv", "skvq:2"], r"'skvq:2' gives bits to the KV scheme skvq"),
-        (["{tiny}", "--kv", "auto:0"], r"kv_bits is 0"),
+        (["{tiny}", "--kv", "auto:0"], r"--kv-bits is 0"),
         (["{tiny}", "--kv", "skvq,f16", "--kv-bits", "2"], r"the bits of skvq, f16 are fixed"),
         (["{tiny}", "--kv", "auto", "--kv-bits", "0.3"], r"0\.3 bits .* auto takes 0\.\d+ to 6"),
         (["{tiny}", "--kv", "auto", "--profile", "none"], r"auto needs a profile of the model"),
@@ -739,13 +739,20 @@ def test_a_scheme_that_cannot_be_planned_is_said_beside_the_others(tiny_path: Pa
     assert re.fullmatch(r"pykvq: warning: The KV scheme auto needs a profile .*\.\n", said)
 
 
+def test_rows_are_called_by_their_bits(tiny_path: Path) -> None:
+    options = ("--kv", "auto,auto:2,f16", "--kv-bits", "1.5")
+    status, shown, _ = run("plan", str(tiny_path), *options)
+    assert status == 0
+    assert re.findall(r"^(auto\S*|f16) ", shown, re.MULTILINE) == ["auto:1.5", "auto:2", "f16"]
+
+
 def test_run_refuses_what_cannot_fit_and_says_how_to_insist(tiny_path: Path) -> None:
     arguments = ("run", str(tiny_path), "-p", "a", "-n", "1", "--kv", "f16", "-c", "268435456")
     status, shown, said = run(*arguments)
     assert (status, shown) == (2, "")
     assert re.search(
-        r"error: A context of 268435456 tokens under f16 needs .* at most \d+\. -c gives n_ctx;"
-        r" --no-memory-check tries it anyway\.\n$",
+        r"error: A context of 268435456 tokens under f16 needs .* at most \d+\. "
+        r"--no-memory-check tries it anyway\.\n$",
         said,
     )
     status, _, said = run(*arguments, "--no-memory-check")

@@ -403,6 +403,31 @@ def test_session_refuses_to_work_in_a_forked_process(tiny_path: Path) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_a_forked_process_can_close_what_a_thread_of_the_other_uses(tiny_path: Path) -> None:
+    code = f"""
+        import os, signal, sys, threading, time
+        from pykvq import Model
+        model = Model({str(tiny_path)!r}, n_threads=1, device="cpu")
+        session = model.session(n_ctx=100000)
+        threading.Thread(target=session.eval, args=([1] * 99999, "none"), daemon=True).start()
+        while not session._handle._lock.locked():
+            time.sleep(0.001)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            session.close()
+            os._exit(0 if session.closed else 1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        session.cancel()
+        os._exit(code)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 0
+
+
 # ---- Ctrl-C ---------------------------------------------------------------------------------
 
 

@@ -266,10 +266,10 @@ def run(
     return record
 
 
-def _placement(model: Model, options: Options) -> tuple[int, Json | None]:
-    """How many layers the GPU will have, the output matrix counted as one, and what GPU that is."""
+def planned(model: Model, options: Options) -> SessionStats:
+    """What the first session that is timed will be."""
     scheme, bits = parse_kv(options.kv[0])
-    placed = model.plan(
+    return model.plan(
         kv=scheme.name,
         kv_bits=bits,
         n_ctx=options.n_ctx,
@@ -278,6 +278,11 @@ def _placement(model: Model, options: Options) -> tuple[int, Json | None]:
         n_gpu_layers=options.n_gpu_layers,
         memory=1,
     ).stats
+
+
+def _placement(model: Model, options: Options) -> tuple[int, Json | None]:
+    """How many layers the GPU will have, the output matrix counted as one, and what GPU that is."""
+    placed = planned(model, options)
     found = [d for d in devices().found if d.name == f"cuda:{placed.gpu}"]
     return placed.n_gpu_layers + placed.gpu_head, asdict(found[0]) if found else None
 

@@ -16,7 +16,6 @@ old ones any more, and the others of the record, which may be hours of work, sti
 from __future__ import annotations
 
 import base64
-import contextlib
 import datetime
 import hashlib
 import json
@@ -31,6 +30,7 @@ import numpy.typing as npt
 
 from pykvq import native
 from pykvq.errors import KvqError
+from pykvq.files import replacing, require_regular
 
 #: The layout of the file; raised when older code would misread a newer file.
 FORMAT = 2
@@ -56,6 +56,7 @@ class Record:
 
         Raises:
             RecordError: The file is not such a record.
+            KvqError: There is something else than a regular file at the path.
         """
         self.path = None if path is None else Path(path)
         self._run: Json = {}
@@ -67,6 +68,8 @@ class Record:
             "results": {},
             "unfinished": {},
         }
+        if self.path is not None:
+            require_regular(self.path)
         if self.path is not None and self.path.exists():
             self._data = self._read(self.path)
 
@@ -203,15 +206,9 @@ class Record:
         """Writes the file, so that at any time there is either the old or the new one."""
         if self.path is None:
             return
-        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            fresh.write_text(
-                json.dumps(self._data, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-            )
-            fresh.replace(self.path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                fresh.unlink()
+        text = json.dumps(self._data, indent=1, allow_nan=False) + "\n"
+        with replacing(self.path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
 
 
 def _by_parts(by_scheme: Mapping[str, Json]) -> list[tuple[tuple[str, ...], list[str]]]:

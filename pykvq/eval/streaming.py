@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykvq import native
+from pykvq.sampling import require_finite
 
 if TYPE_CHECKING:
     from pykvq.model import Model
@@ -256,7 +257,11 @@ def _score(
 
 
 def log_partition(logits: FloatArray) -> FloatColumn:
-    """log(sum(exp(logits))) of each row of [n, n_vocab]: float32 terms, summed in float64."""
+    """log(sum(exp(logits))) of each row of [n, n_vocab]: float32 terms, summed in float64.
+
+    Raises:
+        LogitsError: The largest logit of a row is not a finite number.
+    """
     n = len(logits)
     log_z = np.empty(n)
     terms = np.empty((min(n, _SCORED_ROWS), logits.shape[1]), np.float32)
@@ -264,6 +269,7 @@ def log_partition(logits: FloatArray) -> FloatColumn:
         rows = logits[at : at + _SCORED_ROWS]
         work = terms[: len(rows)]
         largest = rows.max(axis=1)
+        require_finite(float(largest.sum(dtype=np.float64)))
         np.subtract(rows, largest[:, None], out=work)
         np.exp(work, out=work)
         log_z[at : at + len(rows)] = largest + np.log(work.sum(axis=1, dtype=np.float64))

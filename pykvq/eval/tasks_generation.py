@@ -54,8 +54,8 @@ class GenerationTask(Task):
         """
         if len(ids) < prompts * n_prompt:
             raise ValueError(
-                f"The text has {len(ids)} tokens, but {prompts} prompts of {n_prompt} tokens were"
-                " to be cut from it."
+                f"The text has {len(ids)} tokens, but {prompts}"
+                f" prompt{'s' if prompts > 1 else ''} of {n_prompt} tokens were to be cut from it."
             )
         self._settings: Json = {"prompts": prompts, "n_prompt": n_prompt, "n_tokens": n_tokens}
         self._n_tokens = n_tokens
