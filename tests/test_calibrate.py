@@ -553,7 +553,7 @@ def test_calibrate_refuses_before_it_works(
         ([str(tmp_path / "latin1.txt")], "latin1.txt is not UTF-8: byte 3 is 0xe9"),
         ([str(tmp_path / "none.txt")], "none.txt: No such file"),
         ([str(text), "-n", "100", "-c", "200"], "100 tokens were asked for, expected at least 200"),
-        ([str(text), "-c", "10"], "n_ctx is 10, expected a whole number from 69"),
+        ([str(text), "-c", "10"], "-c is 10, expected a whole number from 69"),
         ([str(text), "-n", "300", "-c", "100"], "300 tokens of each text, trained for 2048, are"),
         ([str(text), "--sensitivity-chunks", "0"], "--sensitivity-chunks: 0 is below 1"),
     ):
