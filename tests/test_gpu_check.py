@@ -145,13 +145,14 @@ def test_tests_that_are_skipped_do_not_count_as_passed(
 
 
 def test_bench_times_what_the_device_runs(model: Path, stand_in: Path) -> None:
-    words = ("-p", "10", "-n", "2", "-r", "1", "-t", "1", "-ngl", "1", "--device", "cuda")
+    words = ("-p", "10", "-n", "2", "-r", "1", "-t", "1", "--device")
     bench = ("-m", "pykvq", "bench", str(model), *words)
-    record = json.loads(run(stand_in, *bench, "-o", "json").stdout)
+    on_gpu = (*bench, "cuda", "-ngl", "1")
+    record = json.loads(run(stand_in, *on_gpu, "-o", "json").stdout)
     assert record["device"]["name"] == "cuda:0"
     assert [r["gpu_layers"] for r in record["results"]] == [1, 1]
-    assert "on cuda:0, Simulated device 0" in run(stand_in, *bench).stdout
-    on_cpu = run(stand_in, *bench[:-1], "cpu", "-o", "json")
+    assert "on cuda:0, Simulated device 0" in run(stand_in, *on_gpu).stdout
+    on_cpu = run(stand_in, *bench, "cpu", "-o", "json")
     record = json.loads(on_cpu.stdout)
     assert record["device"] is None
     assert record["results"][0]["stages_ms"]["weights"] > 0

@@ -210,12 +210,12 @@ cuda-sass: $(CUDA_13) $(CUDA_12) $(VENV)/.ready-cuda-sass ## check the machine c
 
 .PHONY: cuda-ptx
 cuda-ptx: ext $(FAKE_CUDA) $(VENV)/.ready-dev $(VENV)/.ready-cuda-12 ## test the PTX that nvcc and NVRTC make of the kernels, on the interpreter
-	$(PY) -m pytest $(CUDA_PTX_TESTS) tests/test_gpu_check.py
+	$(PY) -m pytest $(CUDA_PTX_TESTS) tests/test_cuda_cost.py tests/test_gpu_check.py tests/test_devices.py
 
 # ---- all of it ----------------------------------------------------------------------------------
 
 # nvcc is looked for when make starts, so the rest runs in a make of its own; and the extension comes
-# after the images, to embed them. JOBS of it run side by side.
+# after the images, to embed them. JOBS of it run side by side, the longest first.
 JOBS ?= $(shell nproc)
 
 .PHONY: test-cuda
@@ -223,8 +223,8 @@ ifeq ($(shell uname -s),Linux)
 test-cuda: $(VENV)/.ready-dev $(if $(NVCC),,cuda-toolkit) ## build the CUDA kernels and run all their tests; no GPU is needed
 	$(MAKE) --no-print-directory -j$(JOBS) -Otarget $(CUDA_13)
 	$(MAKE) --no-print-directory ext
-	$(MAKE) --no-print-directory -j$(JOBS) -Otarget sim-test sim-defects cuda-resources \
-		cuda-kernels cuda-truncating cuda-driver cuda-python cuda-ptx
+	$(MAKE) --no-print-directory -j$(JOBS) -Otarget cuda-python cuda-ptx cuda-kernels \
+		cuda-truncating cuda-driver cuda-resources sim-test sim-defects
 else
 test-cuda:
 	@echo "test-cuda is skipped: nvcc and the simulator's tools are for Linux."
