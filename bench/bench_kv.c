@@ -60,6 +60,7 @@ typedef struct work {
     int n_blocks, n;            /* n: queries */
     _Alignas(KVQ_ALIGN) float q[MOST_QUERIES * KVQ_D_MAX], o[MOST_QUERIES * KVQ_D_MAX];
     _Alignas(KVQ_ALIGN) float s[MOST_QUERIES * KVQ_BLOCK], p[MOST_QUERIES * KVQ_BLOCK];
+    float sum[MOST_QUERIES];
 } work;
 
 /* Where block b lies; fetches the one after it. */
@@ -79,8 +80,9 @@ static void run_score(work *w) {
 }
 
 static void run_accum(work *w) {
+    const kvq_weights weights = {.p = w->p, .sum = w->sum, .n = w->n};
     for (int b = 0; b < w->n_blocks; b++) {
-        w->isa->accum[w->id](w->o, w->p, w->n, block_at(w, b), &w->shape);
+        w->isa->accum[w->id](w->o, &weights, block_at(w, b), &w->shape);
     }
 }
 
@@ -117,7 +119,10 @@ static void open_work(work *w, const kvq_isa *isa, kvq_codec_id id, bool wide, i
     w->blocks = allocate(bytes ? bytes : w->block_bytes);
     for (int i = 0; i < KVQ_BLOCK * d; i++) w->rows[i] = kvq_f32_to_f16(noise(&state));
     for (int i = 0; i < MOST_QUERIES * d; i++) w->q[i] = noise(&state);
-    for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) w->p[i] = 0.01f * fabsf(noise(&state));
+    for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) {
+        w->p[i] = 0.01f * fabsf(noise(&state));
+        w->sum[i / KVQ_BLOCK] += w->p[i];
+    }
     kvq_codecs[id].encode(w->blocks, w->rows, &w->shape);
     for (int b = 1; b < w->n_blocks && w->stride; b++) {
         memcpy(w->blocks + (size_t)b * w->stride, w->blocks, w->block_bytes);

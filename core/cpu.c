@@ -60,14 +60,21 @@ bool kvq_cpu_has_dotprod(void) {
 
 static bool always(void) { return true; }
 
-static float softmax_reference(float *s, float *largest) {
-    float sum = 0;
-    for (int t = 0; t < KVQ_BLOCK; t++) *largest = fmaxf(*largest, s[t]);
-    for (int t = 0; t < KVQ_BLOCK; t++) {
-        s[t] = s[t] == -INFINITY ? 0.0f : expf(s[t] - *largest);
-        sum += s[t];
+static void softmax_reference(float *s, float *largest, float *sum, int n, int n_blocks) {
+    for (int i = 0; i < n; i++) {
+        for (int b = 0; b < n_blocks; b++) {
+            const float *const x = s + (b * n + i) * KVQ_BLOCK;
+            for (int t = 0; t < KVQ_BLOCK; t++) largest[i] = fmaxf(largest[i], x[t]);
+        }
+        sum[i] = 0;
+        for (int b = 0; b < n_blocks; b++) {
+            float *const x = s + (b * n + i) * KVQ_BLOCK;
+            for (int t = 0; t < KVQ_BLOCK; t++) {
+                x[t] = x[t] == -INFINITY ? 0.0f : exp2f(x[t] - largest[i]);
+                sum[i] += x[t];
+            }
+        }
     }
-    return sum;
 }
 
 static void swiglu_reference(float *gate, const float *up, size_t n) {

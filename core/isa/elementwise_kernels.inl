@@ -1,30 +1,27 @@
-/* elementwise_kernels.inl: the softmax of a block and the gate of the feed-forward, in vector words
- * (vec_*.h). Included by isa_*.c with the target switched on.
+/* elementwise_kernels.inl: powers of 2, and the gate of the feed-forward, in vector words (vec_*.h).
+ * Included by isa_*.c with the target switched on.
  */
 
-/* ---- softmax ----------------------------------------------------------------------------- */
-
-static float softmax(float *s, float *largest) {
-    vf most = vf_set(*largest), sum = vf_zero();
-    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) most = vf_max(most, vf_load(s + t));
-    *largest = vf_largest(most);
-    /* With every score -inf the offset must be finite, or -inf - -inf would make NaN. */
-    const vf offset = vf_set(*largest == -INFINITY ? 0.0f : -*largest);
-    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
-        const vf e = vf_exp(vf_add(vf_load(s + t), offset));
-        vf_store(s + t, e);
-        sum = vf_add(sum, e);
-    }
-    return vf_sum(sum);
+/* 2^x for x <= 0, relative error below 2e-7 where the result is normal; 1 for 0, 0 for -inf. The
+ * fraction's power is a polynomial with the least largest relative error, 8.3e-8, of those of degree
+ * 5 that are 1 at 0. */
+static inline vf exp2_of(vf x) {
+    const vf r = vf_fraction(x);
+    vf y = vf_set(0.00186713028f);
+    y = vf_fma(y, r, vf_set(0.00901702988f));
+    y = vf_fma(y, r, vf_set(0.0557999134f));
+    y = vf_fma(y, r, vf_set(0.24016445f));
+    y = vf_fma(y, r, vf_set(0.693151312f));
+    y = vf_fma(y, r, vf_set(1.0f));
+    return vf_times_exp2_floor(y, x);
 }
-
-/* ---- feed-forward gate ------------------------------------------------------------------- */
 
 /* With e = exp(-|x|), which cannot overflow: silu(x) = x * (x < 0 ? e : 1) / (1 + e). */
 static void swiglu(float *gate, const float *up, size_t n) {
     size_t i = 0;
     for (; i + VF_LANES <= n; i += VF_LANES) {
-        const vf x = vf_load(gate + i), e = vf_exp(vf_neg_abs(x));
+        const vf x = vf_load(gate + i);
+        const vf e = exp2_of(vf_mul(vf_neg_abs(x), vf_set(1.44269504f))); /* log2(e) */
         const vf numerator = vf_mul(x, vf_where_negative(x, e, vf_set(1.0f)));
         const vf silu = vf_div(numerator, vf_add(vf_set(1.0f), e));
         vf_store(gate + i, vf_mul(silu, vf_load(up + i)));

@@ -29,10 +29,11 @@ typedef struct kvq_isa {
     kvq_add_waves_fn *add_waves;
     kvq_hadamard_fn *hadamard;
     kvq_multiply_fn *multiply;
-    /* One block of an online softmax: raises *largest to the largest of the KVQ_BLOCK scores of a
-     * query if that is larger, replaces each score by exp(score - *largest), returns their sum. A
-     * score of -inf gives exactly 0, also where all are -inf. */
-    float (*softmax)(float *s, float *largest);
+    /* A step of an online softmax over the scores s[n_blocks][n][KVQ_BLOCK] of n queries: raises
+     * largest[i] to the largest score of query i if that is larger, replaces each score by
+     * 2^(score - largest[i]), sum[i] being their sum. A score of -inf gives exactly 0, also where
+     * all are -inf. */
+    void (*softmax)(float *s, float *largest, float *sum, int n, int n_blocks);
     /* gate[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)) */
     void (*swiglu)(float *gate, const float *up, size_t n);
     /* Multiply and sum integers as fast as can be, so many rounds; return how many operations that
@@ -59,13 +60,14 @@ static inline void kvq_run_score(const kvq_isa *isa, kvq_codec_id id, float *s,
         kvq_score_reference(id, s, query, block, sh);
 }
 
-static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o, const float *p,
-                                 int n, const uint8_t *block, const kvq_kv_shape *sh) {
+static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o,
+                                 const kvq_weights *weights, const uint8_t *block,
+                                 const kvq_kv_shape *sh) {
     while (!isa->accum[id] && isa->inherits) isa = isa->inherits;
     if (isa->accum[id])
-        isa->accum[id](o, p, n, block, sh);
+        isa->accum[id](o, weights, block, sh);
     else
-        kvq_accum_reference(id, o, p, n, block, sh);
+        kvq_accum_reference(id, o, weights, block, sh);
 }
 
 static inline void kvq_run_score_rows(const kvq_isa *isa, float *s, const kvq_query *query,

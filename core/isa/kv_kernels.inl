@@ -34,6 +34,52 @@
         if ((n) - first == 1) FUNCTION(1, first);                                                  \
     } while (0)
 
+/* ---- softmax ------------------------------------------------------------------------------- */
+
+KV_INLINE void softmax_group(const int nq, float *s, size_t stride, float *largest, float *sum,
+                             int n_blocks) {
+    _Alignas(KVQ_ALIGN) float of_each[VF_LANES];
+    vf top[KV_QUERIES], total[KV_QUERIES], offset[KV_QUERIES];
+    for (int i = 0; i < KV_QUERIES; i++) {
+        top[i] = vf_set(i < nq ? largest[i] : 0.0f);
+        total[i] = vf_zero();
+    }
+    for (int b = 0; b < n_blocks; b++) {
+        for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+            KV_EACH(i, nq) {
+                const float *const at = s + (size_t)b * stride + i * KVQ_BLOCK + t;
+                top[i] = vf_max(top[i], vf_load(at));
+            }
+        }
+    }
+    vf_store(of_each, vf_largests(top));
+    KV_EACH(i, nq) {
+        largest[i] = of_each[i];
+        /* With every score -inf the offset must be finite, or -inf - -inf would make NaN. */
+        offset[i] = vf_set(largest[i] == -INFINITY ? 0.0f : largest[i]);
+    }
+    for (int b = 0; b < n_blocks; b++) {
+        for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+            KV_EACH(i, nq) {
+                float *const at = s + (size_t)b * stride + i * KVQ_BLOCK + t;
+                const vf weight = exp2_of(vf_sub(vf_load(at), offset[i]));
+                vf_store(at, weight);
+                total[i] = vf_add(total[i], weight);
+            }
+        }
+    }
+    vf_store(of_each, vf_sums(total));
+    KV_EACH(i, nq) sum[i] = of_each[i];
+}
+
+static void softmax(float *s, float *largest, float *sum, int n, int n_blocks) {
+    const size_t stride = (size_t)n * KVQ_BLOCK;
+#define GROUP(NQ, FIRST)                                                                           \
+    softmax_group(NQ, s + (FIRST) * KVQ_BLOCK, stride, largest + (FIRST), sum + (FIRST), n_blocks)
+    KV_IN_GROUPS(n, GROUP);
+#undef GROUP
+}
+
 /* ---- rows: halves, q8_0, q4_0 ------------------------------------------------------------- */
 
 /* Channels c + k .. of a row, a vector of them; c is a multiple of the codec's span of channels, so
@@ -171,10 +217,11 @@ static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, in
         const int d = sh->d;                                                                       \
         score_rows_any(load_##NAME, SPAN, s, query, block, ROW_BYTES, KVQ_BLOCK, d);               \
     }                                                                                              \
-    static void accum_##NAME(float *o, const float *p, int n, const uint8_t *block,                \
+    static void accum_##NAME(float *o, const kvq_weights *weights, const uint8_t *block,           \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
-        accum_rows_any(load_##NAME, SPAN, o, p, n, block, ROW_BYTES, KVQ_BLOCK, d);                \
+        accum_rows_any(load_##NAME, SPAN, o, weights->p, weights->n, block, ROW_BYTES, KVQ_BLOCK,  \
+                       d);                                                                         \
     }
 
 ROW_CODEC(f16, F16_SPAN, (size_t)d * 2)
@@ -344,15 +391,14 @@ typedef struct token_weights {
     float unit;
 } token_weights;
 
-/* Bytes are enough where the largest weight of the block is at most 1 / KV_BYTES_ENOUGH of all that
- * was weighed so far: of the block's sum, or of a token that weighs 1 (the largest that the query
- * has met does, by softmax) and whose scale is half of the block's largest. Rounding to 1 / 255 of
- * that weight moves the result by no more than rounding to 1 / 4095 does where one token has all
- * the weight, and what models make of it says so too: up to 1 / 8 it cannot be told from planes of
- * twelve bits everywhere, bytes everywhere double the KL (the table in docs/speed.md). The choice
- * depends on one query and its block only, not on what else is computed. */
+/* Bytes are enough where the largest weight of the block is at most 1 / KV_BYTES_ENOUGH of what the
+ * result will be divided by (kvq_weights), with scales that are half of the block's largest.
+ * Rounding to 1 / 255 of that weight moves the result by no more than rounding to 1 / 4095 does
+ * where one token has all the weight, and what models make of it says so too: up to 1 / 8 it cannot
+ * be told from planes of twelve bits everywhere, bytes everywhere double the KL (the table in
+ * docs/speed.md). The choice depends on one query only, not on what else is computed. */
 #define KV_BYTES_ENOUGH 16.0f
-#define KV_SCALE_OF_ONE 128.0f
+#define KV_USUAL_SCALE 128.0f
 
 enum { WEIGHT_VECTORS = KVQ_BLOCK / VF_LANES };
 
@@ -384,22 +430,22 @@ KV_INLINE void store_weights(const int nq, token_weights *weights,
 }
 
 /* For the queries of a group; returns whether the low planes hold all of it. */
-KV_INLINE bool weigh_tokens(const int nq, token_weights *weights, const float *p,
+KV_INLINE bool weigh_tokens(const int nq, token_weights *weights, const float *p, const float *sum,
                             const uint8_t *scales, float scale_unit) {
-    vf scale[WEIGHT_VECTORS], scaled[KV_QUERIES][WEIGHT_VECTORS], top[KV_QUERIES], sum[KV_QUERIES];
+    vf scale[WEIGHT_VECTORS], scaled[KV_QUERIES][WEIGHT_VECTORS], top[KV_QUERIES];
     for (int v = 0; v < WEIGHT_VECTORS; v++) scale[v] = vf_load_u8(scales + v * VF_LANES);
-    for (int i = 0; i < KV_QUERIES; i++) top[i] = sum[i] = vf_zero();
+    for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
     KV_EACH(i, nq) {
         for (int v = 0; v < WEIGHT_VECTORS; v++) {
             scaled[i][v] = vf_mul(vf_load(p + i * KVQ_BLOCK + v * VF_LANES), scale[v]);
             top[i] = vf_max(top[i], scaled[i][v]);
-            sum[i] = vf_add(sum[i], scaled[i][v]);
         }
     }
     const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE)), twelve_bits = vf_set(4095);
 #if VW_LOW_BYTES
-    const vf weighed = vf_max(vf_sums(sum), vf_set(KV_SCALE_OF_ONE)), eight_bits = vf_set(255);
-    const vf spare = vf_sub(weighed, vf_mul(largest, vf_set(KV_BYTES_ENOUGH)));
+    const vf divisor = vf_max(vf_load_first(sum, nq), vf_set(1.0f)), eight_bits = vf_set(255);
+    const vf enough = vf_mul(divisor, vf_set(KV_USUAL_SCALE / KV_BYTES_ENOUGH));
+    const vf spare = vf_sub(enough, largest);
     const unsigned in_two = vf_negative(spare);
     const unsigned all = (1u << nq) - 1; /* lanes without a query have no bit */
     if (in_two == 0) { /* branches are foreseen: the quotients need not wait for `spare` */
@@ -413,6 +459,7 @@ KV_INLINE bool weigh_tokens(const int nq, token_weights *weights, const float *p
         store_weights(nq, weights, scaled, largest, most, scale_unit, in_two);
     }
 #else
+    (void)sum;
     store_weights(nq, weights, scaled, largest, twelve_bits, scale_unit, ~0u);
 #endif
     return false;
@@ -481,14 +528,14 @@ KV_INLINE void c8_weigh(const int nq, const bool all_low, float *o, int d, const
     }
 }
 
-KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint8_t *block,
-                              const kvq_kv_shape *sh) {
+KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const float *sum,
+                              const uint8_t *block, const kvq_kv_shape *sh) {
     const int d = sh->d, group = sh->group;
     const float unit = load_half(block) * KVQ_LEVEL_UNIT;
     const uint8_t *scales = block + KVQ_C8_SCALES, *const words = block + kvq_c8_words(sh);
     for (int first = 0; first < d; first += group, scales += KVQ_BLOCK) {
         token_weights weights[KV_QUERIES];
-        const bool all_low = weigh_tokens(nq, weights, p, scales, unit);
+        const bool all_low = weigh_tokens(nq, weights, p, sum, scales, unit);
         for (int c = first; c < first + group; c += VF_LANES) {
             const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
             if (VW_LOW_BYTES && all_low)
@@ -499,9 +546,11 @@ KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const uint
     }
 }
 
-static void accum_c8(float *o, const float *p, int n, const uint8_t *block,
+static void accum_c8(float *o, const kvq_weights *weights, const uint8_t *block,
                      const kvq_kv_shape *sh) {
-#define GROUP(NQ, FIRST) accum_c8_group(NQ, o + (FIRST) * sh->d, p + (FIRST) * KVQ_BLOCK, block, sh)
-    KV_IN_GROUPS(n, GROUP);
+#define GROUP(NQ, FIRST)                                                                           \
+    accum_c8_group(NQ, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK,                      \
+                   weights->sum + (FIRST), block, sh)
+    KV_IN_GROUPS(weights->n, GROUP);
 #undef GROUP
 }

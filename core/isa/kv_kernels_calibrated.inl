@@ -222,11 +222,11 @@ KV_INLINE void trellis_weigh(const int nq, const bool all_low, const int bits, v
 }
 
 KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *level, float *o,
-                                   const float *p, const uint8_t *block, int d) {
+                                   const float *p, const float *sum, const uint8_t *block, int d) {
     const vb levels = vb_set16(level);
     token_weights weights[KV_QUERIES];
     const float unit = load_half(block) * KVQ_LEVEL_UNIT;
-    const bool all_low = weigh_tokens(nq, weights, p, block + 4, unit);
+    const bool all_low = weigh_tokens(nq, weights, p, sum, block + 4, unit);
     for (int c = 0; c < d; c += VF_LANES) {
         const uint8_t *const words = block + KVQ_T_HEADER + (c / 16 * 2 * bits * 16 + c % 16) * 4;
         if (VW_LOW_BYTES && all_low)
@@ -237,14 +237,14 @@ KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *l
 }
 
 #define TRELLIS_CODEC(NAME, BITS)                                                                  \
-    static void accum_##NAME(float *o, const float *p, int n, const uint8_t *block,                \
+    static void accum_##NAME(float *o, const kvq_weights *weights, const uint8_t *block,           \
                              const kvq_kv_shape *sh) {                                             \
-        const int d = sh->d;                                                                       \
-        KV_IN_GROUPS(n, TRELLIS_GROUP_##BITS);                                                     \
+        KV_IN_GROUPS(weights->n, TRELLIS_GROUP_##BITS);                                            \
     }
-#define TRELLIS_GROUP_1(NQ, FIRST)                                                                 \
-    accum_trellis_group(NQ, 1, kvq_t1_level, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, block, d)
-#define TRELLIS_GROUP_2(NQ, FIRST)                                                                 \
-    accum_trellis_group(NQ, 2, kvq_t2_level, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, block, d)
+#define TRELLIS_GROUP(NQ, BITS, LEVEL, FIRST)                                                      \
+    accum_trellis_group(NQ, BITS, LEVEL, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK,    \
+                        weights->sum + (FIRST), block, sh->d)
+#define TRELLIS_GROUP_1(NQ, FIRST) TRELLIS_GROUP(NQ, 1, kvq_t1_level, FIRST)
+#define TRELLIS_GROUP_2(NQ, FIRST) TRELLIS_GROUP(NQ, 2, kvq_t2_level, FIRST)
 TRELLIS_CODEC(t1, 1)
 TRELLIS_CODEC(t2, 2)

@@ -57,18 +57,19 @@ KV_INLINE void accum_levels_group(const int nq, load_fn *load, float *o, const f
         const size_t row_bytes = (size_t)(d / 8 * (BITS));                                         \
         KV_IN_GROUPS(query->n, LEVELS_SCORE);                                                      \
     }                                                                                              \
-    static void accum_##NAME(float *o, const float *p, int n, const uint8_t *block,                \
+    static void accum_##NAME(float *o, const kvq_weights *weights, const uint8_t *block,           \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
         load_fn *const load = load_##NAME;                                                         \
         const size_t row_bytes = (size_t)(d / 8 * (BITS));                                         \
-        KV_IN_GROUPS(n, LEVELS_ACCUM);                                                             \
+        KV_IN_GROUPS(weights->n, LEVELS_ACCUM);                                                    \
     }
 #define LEVELS_SCORE(NQ, FIRST)                                                                    \
     score_levels_group(NQ, load, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, block,           \
                        row_bytes, d)
 #define LEVELS_ACCUM(NQ, FIRST)                                                                    \
-    accum_levels_group(NQ, load, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, block, row_bytes, d)
+    accum_levels_group(NQ, load, o + (FIRST) * d, weights->p + (FIRST) * KVQ_BLOCK, block,         \
+                       row_bytes, d)
 LEVELS_CODEC(n2, 2)
 LEVELS_CODEC(n3, 3)
 LEVELS_CODEC(nf4, 4)

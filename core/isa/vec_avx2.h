@@ -53,26 +53,14 @@ static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of 
     return _mm256_blendv_ps(no, yes, x);
 }
 
-/* e^x for x <= 0, relative error below 2e-7; exactly 0 for x < -87, -inf included. x = n ln 2 + r
- * with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7, times 2^n put into the exponent.
- */
-static inline vf vf_exp(vf x) {
-    const vf n = _mm256_round_ps(_mm256_mul_ps(x, vf_set(1.44269504f)),
-                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vf r =
-        _mm256_fnmadd_ps(n, vf_set(0x1.62e4p-1f), x); /* the high bits of ln 2: n * high is exact */
-    r = _mm256_fnmadd_ps(n, vf_set(0x1.7f7d1cp-20f), r);
-    vf y = vf_set(1.0f / 5040);
-    y = vf_fma(y, r, vf_set(1.0f / 720));
-    y = vf_fma(y, r, vf_set(1.0f / 120));
-    y = vf_fma(y, r, vf_set(1.0f / 24));
-    y = vf_fma(y, r, vf_set(1.0f / 6));
-    y = vf_fma(y, r, vf_set(0.5f));
-    y = vf_fma(y, r, vf_set(1.0f));
-    y = vf_fma(y, r, vf_set(1.0f));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
-    return _mm256_and_ps(y, _mm256_cmp_ps(x, vf_set(-87.0f), _CMP_GE_OQ));
+/* x - floor(x), of which anything for -inf, and y * 2^floor(x) for x <= 0 and y in 1..2: exactly 0 for
+ * x = -inf and, unless there is gradual underflow, for x < -126. */
+static inline vf vf_fraction(vf x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
+static inline vf vf_times_exp2_floor(vf y, vf x) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), 23);
+    const __m256i product = _mm256_add_epi32(_mm256_castps_si256(y), exponent);
+    const __m256 normal = _mm256_cmp_ps(x, vf_set(-126.0f), _CMP_GE_OQ);
+    return _mm256_and_ps(_mm256_castsi256_ps(product), normal);
 }
 
 /* table[index & 7] in each lane: a codebook of 8 entries */

@@ -45,22 +45,11 @@ static inline float vf_first(vf a) { return _mm512_cvtss_f32(a); } /* lane 0 */
 static inline float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float vf_largest(vf a) { return _mm512_reduce_max_ps(a); }
 
-/* e^x for x <= 0, as in vec_avx2.h. */
-static inline vf vf_exp(vf x) {
-    const vf n = _mm512_roundscale_ps(_mm512_mul_ps(x, vf_set(1.44269504f)),
-                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vf r = _mm512_fnmadd_ps(n, vf_set(0x1.62e4p-1f), x); /* n * high bits of ln 2: exact */
-    r = _mm512_fnmadd_ps(n, vf_set(0x1.7f7d1cp-20f), r);
-    vf y = vf_set(1.0f / 5040);
-    y = vf_fma(y, r, vf_set(1.0f / 720));
-    y = vf_fma(y, r, vf_set(1.0f / 120));
-    y = vf_fma(y, r, vf_set(1.0f / 24));
-    y = vf_fma(y, r, vf_set(1.0f / 6));
-    y = vf_fma(y, r, vf_set(0.5f));
-    y = vf_fma(y, r, vf_set(1.0f));
-    y = vf_fma(y, r, vf_set(1.0f));
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, vf_set(-87.0f), _CMP_GE_OQ), y, n);
+/* x - floor(x), and y * 2^floor(x) with gradual underflow; as in vec_avx2.h */
+static inline vf vf_fraction(vf x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
+static inline vf vf_times_exp2_floor(vf y, vf x) { return _mm512_scalef_ps(y, x); }
 
 static inline vi vi_zero(void) { return _mm512_setzero_si512(); }
 static inline vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }

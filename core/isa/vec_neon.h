@@ -138,23 +138,18 @@ static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of 
                 vbslq_f32(vcltzq_s32((int32x4_t)x.hi), yes.hi, no.hi)};
 }
 
-/* e^x for x <= 0, as in vec_avx2.h. */
-static inline float32x4_t exp_of_four(float32x4_t x) {
-    const float32x4_t n = vrndnq_f32(vmulq_f32(x, vdupq_n_f32(1.44269504f)));
-    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(0x1.62e4p-1f)); /* n * high bits of ln 2: exact */
-    r = vfmsq_f32(r, n, vdupq_n_f32(0x1.7f7d1cp-20f));
-    float32x4_t y = vfmaq_f32(vdupq_n_f32(1.0f / 720), r, vdupq_n_f32(1.0f / 5040));
-    y = vfmaq_f32(vdupq_n_f32(1.0f / 120), y, r);
-    y = vfmaq_f32(vdupq_n_f32(1.0f / 24), y, r);
-    y = vfmaq_f32(vdupq_n_f32(1.0f / 6), y, r);
-    y = vfmaq_f32(vdupq_n_f32(0.5f), y, r);
-    y = vfmaq_f32(vdupq_n_f32(1.0f), y, r);
-    y = vfmaq_f32(vdupq_n_f32(1.0f), y, r);
-    const int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n), 23);
-    const uint32x4_t enough = vcgeq_f32(x, vdupq_n_f32(-87.0f));
-    return (float32x4_t)vandq_s32(vaddq_s32((int32x4_t)y, exponent), (int32x4_t)enough);
+/* x - floor(x), and y * 2^floor(x), as in vec_avx2.h */
+static inline vf vf_fraction(vf x) {
+    return (vf){vsubq_f32(x.lo, vrndmq_f32(x.lo)), vsubq_f32(x.hi, vrndmq_f32(x.hi))};
 }
-static inline vf vf_exp(vf x) { return (vf){exp_of_four(x.lo), exp_of_four(x.hi)}; }
+static inline float32x4_t four_times_exp2_floor(float32x4_t y, float32x4_t x) {
+    const int32x4_t exponent = vshlq_n_s32(vcvtmq_s32_f32(x), 23);
+    const uint32x4_t normal = vcgeq_f32(x, vdupq_n_f32(-126.0f));
+    return (float32x4_t)vandq_s32(vaddq_s32((int32x4_t)y, exponent), (int32x4_t)normal);
+}
+static inline vf vf_times_exp2_floor(vf y, vf x) {
+    return (vf){four_times_exp2_floor(y.lo, x.lo), four_times_exp2_floor(y.hi, x.hi)};
+}
 
 /* ---- words of the KV kernels -------------------------------------------------------------- */
 

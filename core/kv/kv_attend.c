@@ -9,15 +9,53 @@
 
 #include <math.h>
 
+#define LOG2_E 1.44269504f
+
 enum {
-    TILE_QUERIES = 32, /* queries that share one unpacking of a block */
+    TILE_QUERIES = 32, /* queries that are worked on together, while blocks are near */
     SEGMENT_BLOCKS = 16,
+    /* Scores, weights and sums are each taken of so many blocks in a row, for so many queries: what
+     * one block waits for, another does meanwhile. */
+    BLOCKS_AT_ONCE = 4,
+    QUERIES_AT_ONCE = 8,
+    SCORES_AT_ONCE = BLOCKS_AT_ONCE * QUERIES_AT_ONCE * KVQ_BLOCK,
     MOST_SEGMENTS = 32,           /* of sealed blocks */
     WAVE_FACTORS = 2 * KVQ_WAVES, /* of a query */
 };
 
 static int at_least(int a, int b) { return a > b ? a : b; }
 static int at_most(int a, int b) { return a < b ? a : b; }
+
+/* What a worker works in. */
+typedef struct scratch {
+    float *s;            /* scores of a few blocks and queries, or of a tile and a block of rows */
+    float *total, *part; /* running results of a tile: of all segments, of one */
+    float *on, *turned;  /* factors of the waves for a tile's queries: as they are, and turned to
+                            a block for a few queries */
+} scratch;
+
+static size_t score_floats(const kvq_attention *a) {
+    return (size_t)at_least(SCORES_AT_ONCE, a->tile * a->group * KVQ_BLOCK);
+}
+static size_t running_floats(const kvq_attention *a) {
+    return (size_t)(a->tile * a->group) * (size_t)(a->d + 2);
+}
+static size_t wave_floats(const kvq_attention *a) {
+    return (size_t)(a->tile * a->group) * WAVE_FACTORS;
+}
+static size_t scratch_floats(const kvq_attention *a) {
+    const size_t turned = QUERIES_AT_ONCE * WAVE_FACTORS;
+    return kvq_round_up(score_floats(a) + 2 * running_floats(a) + wave_floats(a) + turned,
+                        KVQ_ALIGN / sizeof(float));
+}
+static scratch scratch_of(const kvq_attention *a, int worker) {
+    scratch parts = {.s = a->worker + (size_t)worker * scratch_floats(a)};
+    parts.total = parts.s + score_floats(a);
+    parts.part = parts.total + running_floats(a);
+    parts.on = parts.part + running_floats(a);
+    parts.turned = parts.on + wave_floats(a);
+    return parts;
+}
 
 void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *ring, int n_heads,
                            int d_head, int n_batch, int n_threads) {
@@ -36,11 +74,8 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
 
     const size_t d = (size_t)a->d, kv_heads = (size_t)a->n_kv_heads, batch = (size_t)n_batch;
     const size_t queries = (size_t)n_heads * batch, tile = (size_t)a->tile * (size_t)a->group;
-    /* scores, a total and a partial result of a tile, which also serves as one padded vector; the
-     * factors of the waves as they are, and turned to a block */
-    a->worker_floats = kvq_round_up(tile * (KVQ_BLOCK + 2 * (d + 2) + 2 * WAVE_FACTORS),
-                                    KVQ_ALIGN / sizeof(float));
     a->q = kvq_arena_take(arena, queries * d * sizeof *a->q);
+    a->sink_score = kvq_arena_take(arena, queries * sizeof *a->sink_score);
     for (int side = 0; side < KVQ_SIDES; side++) {
         a->rows[side] = kvq_arena_take(arena, kv_heads * batch * d * sizeof *a->rows[side]);
     }
@@ -49,7 +84,7 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     const size_t blocks = a->top_blocks ? kv_heads * (size_t)ring->max_blocks : 0;
     a->estimate = kvq_arena_take(arena, 2 * blocks * sizeof *a->estimate);
     a->chosen = kvq_arena_take(arena, blocks * sizeof *a->chosen);
-    a->worker = kvq_arena_take(arena, (size_t)n_threads * a->worker_floats * sizeof *a->worker);
+    a->worker = kvq_arena_take(arena, (size_t)n_threads * scratch_floats(a) * sizeof *a->worker);
 }
 
 /* What the tasks of one call share. */
@@ -75,32 +110,51 @@ static uint16_t *new_row(const kvq_attention *a, int side, int kv_head, int t) {
     return a->rows[side] + row * (size_t)a->d;
 }
 
+/* Of each of the n queries from index i on, the largest score with a sink; -inf without one. */
+static void score_sinks(const call *c, int kv_head, size_t i, int n, float *s) {
+    kvq_attention *const a = c->a;
+    const int sinks = at_most(at_most(c->ring->sinks, c->ring->n), KVQ_BLOCK);
+    const kvq_query query = {.x = a->q + i * (size_t)a->d, .n = n};
+    const uint16_t *const rows = kvq_ring_sink(c->ring, kv_head, KVQ_KEYS, 0);
+    if (sinks) kvq_run_score_rows(a->isa, s, &query, rows, sinks, a->d);
+    for (int j = 0; j < n; j++) {
+        a->sink_score[i + (size_t)j] = -INFINITY;
+        for (int t = 0; t < sinks; t++) {
+            a->sink_score[i + (size_t)j] = fmaxf(a->sink_score[i + (size_t)j], s[j * KVQ_BLOCK + t]);
+        }
+    }
+}
+
 /* Queries, keys and values of one new token, padded and mapped into the basis of the cache. */
 static void prepare_token(void *context, int t, int worker) {
     const call *const c = context;
     kvq_attention *const a = c->a;
     const int d = a->d, d_head = a->d_head;
-    const float over_root = 1.0f / sqrtf((float)d_head);
+    const float factor = LOG2_E / sqrtf((float)d_head);
+    float *const s = scratch_of(a, worker).s; /* for one padded vector, too */
     for (int h = 0; h < a->n_heads; h++) {
         const size_t i = query_index(a, h / a->group, t) + (size_t)(h % a->group);
         const float *const x = c->q + ((size_t)t * (size_t)a->n_heads + (size_t)h) * (size_t)d_head;
         float *const y = a->q + i * (size_t)d;
-        for (int j = 0; j < d; j++) y[j] = j < d_head ? x[j] * over_root : 0.0f;
+        for (int j = 0; j < d; j++) y[j] = j < d_head ? x[j] * factor : 0.0f;
     }
     for (int h = 0; h < a->n_kv_heads; h++) {
-        kvq_basis_query(&c->ring->track[KVQ_KEYS][h].basis, a->isa,
-                        a->q + query_index(a, h, t) * (size_t)d, a->group, d);
+        const size_t i = query_index(a, h, t);
+        kvq_basis_query(&c->ring->track[KVQ_KEYS][h].basis, a->isa, a->q + i * (size_t)d, a->group,
+                        d);
+        for (int j = 0; j < a->group; j += QUERIES_AT_ONCE) {
+            score_sinks(c, h, i + (size_t)j, at_most(QUERIES_AT_ONCE, a->group - j), s);
+        }
     }
-    float *const y = a->worker + (size_t)worker * a->worker_floats;
     for (int side = 0; side < KVQ_SIDES; side++) {
         const float *const all = side == KVQ_KEYS ? c->k : c->v;
         for (int h = 0; h < a->n_kv_heads; h++) {
             const size_t i = (size_t)t * (size_t)a->n_kv_heads + (size_t)h;
             uint16_t *const row = new_row(a, side, h, t);
             for (int j = 0; j < d; j++)
-                y[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
-            kvq_basis_store(&c->ring->track[side][h].basis, a->isa, y, 1, d);
-            for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(y[j]);
+                s[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
+            kvq_basis_store(&c->ring->track[side][h].basis, a->isa, s, 1, d);
+            for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(s[j]);
         }
     }
 }
@@ -108,13 +162,18 @@ static void prepare_token(void *context, int t, int worker) {
 /* ---- softmax over a segment -------------------------------------------------------------- */
 
 /* The running result of n queries: o[i][d] is the sum of weight * value, sum[i] that of the
- * weights, both relative to exp(largest[i]). */
+ * weights, both relative to 2^largest[i]. */
 typedef struct running {
     float *o, *largest, *sum;
 } running;
 
 static running running_at(float *memory, int n, int d) { /* n * (d + 2) floats */
     return (running){memory, memory + (size_t)n * (size_t)d, memory + (size_t)n * (size_t)(d + 1)};
+}
+
+/* Those of the queries from the first on. */
+static running running_from(running r, int first, int d) {
+    return (running){r.o + (size_t)first * (size_t)d, r.largest + first, r.sum + first};
 }
 
 static void running_clear(running r, int n, int d) {
@@ -131,13 +190,15 @@ static void rescale(running r, int i, int d, float factor) {
     for (int c = 0; c < d; c++) r.o[(size_t)i * (size_t)d + (size_t)c] *= factor;
 }
 
-/* Turns the scores of a block into weights and makes room for them in the running result. */
-static void weigh(const kvq_isa *isa, running r, float *s, int n, int d) {
+/* Turns the scores s[n_blocks][n][KVQ_BLOCK] of n <= QUERIES_AT_ONCE queries into weights and makes
+ * room for them in the running result. */
+static void weigh(const kvq_isa *isa, running r, float *s, int n, int n_blocks, int d) {
+    float before[QUERIES_AT_ONCE], sum[QUERIES_AT_ONCE];
+    for (int i = 0; i < n; i++) before[i] = r.largest[i];
+    isa->softmax(s, r.largest, sum, n, n_blocks);
     for (int i = 0; i < n; i++) {
-        const float before = r.largest[i];
-        const float sum = isa->softmax(s + i * KVQ_BLOCK, &r.largest[i]);
-        if (r.largest[i] > before) rescale(r, i, d, expf(before - r.largest[i]));
-        r.sum[i] += sum;
+        if (r.largest[i] > before[i]) rescale(r, i, d, exp2f(before[i] - r.largest[i]));
+        r.sum[i] += sum[i];
     }
 }
 
@@ -145,8 +206,8 @@ static void merge(running into, running from, int n, int d) {
     for (int i = 0; i < n; i++) {
         const float largest = fmaxf(into.largest[i], from.largest[i]);
         if (largest == -INFINITY) continue;
-        rescale(into, i, d, expf(into.largest[i] - largest));
-        const float factor = expf(from.largest[i] - largest);
+        rescale(into, i, d, exp2f(into.largest[i] - largest));
+        const float factor = exp2f(from.largest[i] - largest);
         into.largest[i] = largest;
         into.sum[i] += factor * from.sum[i];
         for (int c = 0; c < d; c++) {
@@ -176,7 +237,10 @@ static void attend_rows(const call *c, running r, float *s, const kvq_query *que
             s[i * KVQ_BLOCK + t] = -INFINITY;
         }
     }
-    weigh(a->isa, r, s, query->n, d);
+    for (int i = 0; i < query->n; i += QUERIES_AT_ONCE) {
+        const int few = at_most(QUERIES_AT_ONCE, query->n - i);
+        weigh(a->isa, running_from(r, i, d), s + i * KVQ_BLOCK, few, 1, d);
+    }
     if (n_held) kvq_run_accum_rows(a->isa, r.o, s, query->n, held_rows[KVQ_VALUES], n_held, d);
     if (n_new)
         kvq_run_accum_rows(a->isa, r.o, s + n_held, query->n, new_rows[KVQ_VALUES], n_new, d);
@@ -206,11 +270,6 @@ static void attend_row_segment(const call *c, running r, float *s, const kvq_que
     }
 }
 
-/* Where a worker, whose memory begins with the scores, has its waves' factors. */
-static float *waves_of(const kvq_attention *a, float *s) {
-    return s + (size_t)(a->tile * a->group) * (size_t)(KVQ_BLOCK + 2 * (a->d + 2));
-}
-
 /* Gives back to the scores of a block what sealing took from its keys (kv_wave.h). */
 static void add_waves(const kvq_attention *a, const kvq_ring *ring, const kvq_wave *wave, float *s,
                       const float *on, float *turned, int n, int block) {
@@ -229,8 +288,8 @@ static int block_at(const call *c, int kv_head, int i) {
                        : i;
 }
 
-/* Fetches the block that is read next of a side while the one before is worked on: the hardware
- * does not follow the order in which kernels read a block. */
+/* Fetches a block of a side while others are worked on: the hardware does not follow the order in
+ * which kernels read a block. */
 static void fetch_block(const call *c, int kv_head, int side, int i) {
     if (i >= c->n_blocks) return;
     const uint8_t *const p = kvq_ring_block(c->ring, kv_head, side, block_at(c, kv_head, i));
@@ -239,33 +298,58 @@ static void fetch_block(const call *c, int kv_head, int side, int i) {
     __asm__ volatile(""); /* or gcc deems this function pure and drops the calls */
 }
 
-static void attend_segment(const call *c, running r, float *s, const kvq_query *query, int kv_head,
-                           int segment, int tile_first, int tile_end) {
+/* A few queries of a tile, from the first on, and n blocks, from that read i-th on. */
+static void attend_blocks(const call *c, running r, const scratch *m, const kvq_query *query,
+                          const float *on, int kv_head, int i, int n, bool fetch) {
     const kvq_attention *const a = c->a;
     const kvq_ring *const ring = c->ring;
-    running_clear(r, query->n, a->d);
-    if (segment == c->segments - 1) {
-        attend_row_segment(c, r, s, query, kv_head, tile_first, tile_end);
-        return;
-    }
     const kvq_track *const keys = &ring->track[KVQ_KEYS][kv_head];
     const kvq_track *const values = &ring->track[KVQ_VALUES][kv_head];
-    const kvq_wave *const wave = &keys->wave;
-    float *const on = waves_of(a, s), *const turned = on + a->tile * a->group * WAVE_FACTORS;
-    for (int i = 0; i < query->n && wave->n; i++) {
-        kvq_wave_project(on + i * WAVE_FACTORS, wave, query->x + (size_t)i * (size_t)a->d, a->d);
-    }
-    const int stop = at_most((segment + 1) * a->segment_blocks, c->n_blocks);
-    for (int i = segment * a->segment_blocks; i < stop; i++) {
-        const int b = block_at(c, kv_head, i);
-        fetch_block(c, kv_head, KVQ_KEYS, i + 1);
+    float *s = m->s;
+    for (int j = 0; j < n; j++, s += query->n * KVQ_BLOCK) {
+        const int b = block_at(c, kv_head, i + j);
+        if (fetch) fetch_block(c, kv_head, KVQ_VALUES, i + j);
         kvq_run_score(a->isa, keys->codec, s, query, kvq_ring_block(ring, kv_head, KVQ_KEYS, b),
                       &keys->shape);
-        if (wave->n) add_waves(a, ring, wave, s, on, turned, query->n, b);
-        fetch_block(c, kv_head, KVQ_VALUES, i + 1);
-        weigh(a->isa, r, s, query->n, a->d);
-        kvq_run_accum(a->isa, values->codec, r.o, s, query->n,
+        if (keys->wave.n) add_waves(a, ring, &keys->wave, s, on, m->turned, query->n, b);
+    }
+    s = m->s;
+    weigh(a->isa, r, s, query->n, n, a->d);
+    for (int j = 0; j < n; j++, s += query->n * KVQ_BLOCK) {
+        const int b = block_at(c, kv_head, i + j);
+        const kvq_weights weights = {.p = s, .sum = r.sum, .n = query->n};
+        if (fetch) fetch_block(c, kv_head, KVQ_KEYS, i + n + j);
+        kvq_run_accum(a->isa, values->codec, r.o, &weights,
                       kvq_ring_block(ring, kv_head, KVQ_VALUES, b), &values->shape);
+    }
+}
+
+static void attend_segment(const call *c, running r, const scratch *m, const kvq_query *query,
+                           int kv_head, int segment, int tile_first, int tile_end) {
+    const kvq_attention *const a = c->a;
+    const int d = a->d;
+    running_clear(r, query->n, d);
+    if (segment == c->segments - 1) {
+        attend_row_segment(c, r, m->s, query, kv_head, tile_first, tile_end);
+        return;
+    }
+    /* From the sinks' scores on, which are in the result, too: with models' attention hardly any
+     * score is larger, and weights are small beside what the result is divided by. */
+    const float *const sink_score = a->sink_score + query_index(a, kv_head, tile_first);
+    memcpy(r.largest, sink_score, (size_t)query->n * sizeof *r.largest);
+    const kvq_wave *const wave = &c->ring->track[KVQ_KEYS][kv_head].wave;
+    for (int i = 0; i < query->n && wave->n; i++) {
+        kvq_wave_project(m->on + i * WAVE_FACTORS, wave, query->x + (size_t)i * (size_t)d, d);
+    }
+    const int stop = at_most((segment + 1) * a->segment_blocks, c->n_blocks);
+    for (int i = segment * a->segment_blocks; i < stop; i += BLOCKS_AT_ONCE) {
+        for (int first = 0; first < query->n; first += QUERIES_AT_ONCE) {
+            const kvq_query few = {.x = query->x + (size_t)first * (size_t)d,
+                                   .n = at_most(QUERIES_AT_ONCE, query->n - first)};
+            attend_blocks(c, running_from(r, first, d), m, &few,
+                          m->on + first * WAVE_FACTORS, kv_head, i,
+                          at_most(BLOCKS_AT_ONCE, stop - i), first == 0);
+        }
     }
 }
 
@@ -317,7 +401,7 @@ static void choose_blocks(void *context, int kv_head, int worker) {
     float *const estimate = a->estimate + 2 * at, *const sorted = estimate + ring->max_blocks;
     int *const chosen = a->chosen + at;
     const kvq_wave *const wave = &track->wave;
-    float *const on = waves_of(a, a->worker + (size_t)worker * a->worker_floats);
+    float *const on = scratch_of(a, worker).on;
     float wave_mean[WAVE_FACTORS], turned[WAVE_FACTORS];
     int n = 0;
     for (int j = 0; j < 2 * wave->n; j++) {
@@ -379,15 +463,14 @@ static void attend_tile(void *context, int task, int worker) {
     const call *const c = context;
     const kvq_attention *const a = c->a;
     const int kv_head = task % a->n_kv_heads, first = task / a->n_kv_heads * a->tile;
-    const int end = at_most(first + a->tile, c->n), n_most = a->tile * a->group;
+    const int end = at_most(first + a->tile, c->n);
     const kvq_query query = query_of(a, kv_head, first, end);
-    float *const s = a->worker + (size_t)worker * a->worker_floats;
-    float *const memory = s + n_most * KVQ_BLOCK;
-    const running total = running_at(memory, query.n, a->d);
-    const running part = running_at(memory + n_most * (a->d + 2), query.n, a->d);
+    const scratch m = scratch_of(a, worker);
+    const running total = running_at(m.total, query.n, a->d);
+    const running part = running_at(m.part, query.n, a->d);
     running_clear(total, query.n, a->d);
     for (int segment = 0; segment < c->segments; segment++) {
-        attend_segment(c, part, s, &query, kv_head, segment, first, end);
+        attend_segment(c, part, &m, &query, kv_head, segment, first, end);
         merge(total, part, query.n, a->d);
     }
     finish(c, total, kv_head, first, end);
@@ -405,15 +488,15 @@ static void attend_part(void *context, int task, int worker) {
     const kvq_attention *const a = c->a;
     const int kv_head = task / c->segments, segment = task % c->segments;
     const kvq_query query = query_of(a, kv_head, 0, c->n);
-    float *const s = a->worker + (size_t)worker * a->worker_floats;
-    attend_segment(c, partial_of(c, kv_head, segment, query.n), s, &query, kv_head, segment, 0,
-                   c->n);
+    const scratch m = scratch_of(a, worker);
+    attend_segment(c, partial_of(c, kv_head, segment, query.n), &m, &query, kv_head, segment,
+                   0, c->n);
 }
 
 static void finish_parts(const call *c) {
     const kvq_attention *const a = c->a;
     const int n = c->n * a->group;
-    const running total = running_at(a->worker, n, a->d);
+    const running total = running_at(scratch_of(a, 0).total, n, a->d);
     for (int kv_head = 0; kv_head < a->n_kv_heads; kv_head++) {
         running_clear(total, n, a->d);
         for (int segment = 0; segment < c->segments; segment++) {

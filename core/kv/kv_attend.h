@@ -24,13 +24,13 @@ typedef struct kvq_attention {
     int segment_blocks; /* sealed blocks per unit of parallel work */
     int max_segments;
 
-    float *q; /* [n_kv_heads][n_batch][group][d], in the basis, over sqrt(d_head) */
+    float *q; /* [n_kv_heads][n_batch][group][d], in the basis, times log2(e) / sqrt(d_head) */
+    float *sink_score;         /* [n_kv_heads][n_batch][group] the largest of a query with a sink */
     uint16_t *rows[KVQ_SIDES]; /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
     float *partial;            /* [n_kv_heads][max_segments][tile * group][d + 2] */
     float *estimate;           /* [n_kv_heads][2][max_blocks] with top_blocks */
     int *chosen;               /* [n_kv_heads][max_blocks] the same */
-    float *worker;             /* [n_threads][worker_floats] */
-    size_t worker_floats;
+    float *worker;             /* [n_threads] scratch of each */
 } kvq_attention;
 
 /* Sets the shape and lays out the scratch memory; isa, pool, clock and, before the call, top_blocks

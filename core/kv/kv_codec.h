@@ -9,22 +9,31 @@
 
 #include "kv/kv_format.h"
 
-/* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head). */
+/* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head) and
+ * times log2(e): scores are exponents of 2. */
 typedef struct kvq_query {
     const float *x; /* [n][d] */
     int n;
 } kvq_query;
 
+/* What the tokens of a block weigh for n queries. */
+typedef struct kvq_weights {
+    const float *p;   /* [n][KVQ_BLOCK] >= 0 */
+    const float *sum; /* [n] the result will be divided by 1 or by this, if it is larger, or by more:
+                         what matters little beside it may be rounded more */
+    int n;
+} kvq_weights;
+
 /* s[i * KVQ_BLOCK + t] = query i . key t, for the 64 tokens of a block. */
 typedef void kvq_score_fn(float *s, const kvq_query *query, const uint8_t *block,
                           const kvq_kv_shape *sh);
 
-/* o[i * d + c] += sum over t of p[i * KVQ_BLOCK + t] * value[t][c], for n rows of weights p >= 0.
- */
-typedef void kvq_accum_fn(float *o, const float *p, int n, const uint8_t *block,
+/* o[i * d + c] += sum over t of p[i][t] * value[t][c] */
+typedef void kvq_accum_fn(float *o, const kvq_weights *weights, const uint8_t *block,
                           const kvq_kv_shape *sh);
 
-/* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens). Tokens are
+/* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens), for n queries
+ * that weigh them p[i * KVQ_BLOCK + t]. Tokens are
  * added in their order, so a span may be cut anywhere without changing a bit of the result. */
 typedef void kvq_score_rows_fn(float *s, const kvq_query *query, const uint16_t *rows, int n_rows,
                                int d);
@@ -51,7 +60,7 @@ extern const int8_t kvq_c8_x[8], kvq_c8_y[8];
 /* The reference: decodes and multiplies in plain loops. */
 void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block,
                          const kvq_kv_shape *sh);
-void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block,
+void kvq_accum_reference(kvq_codec_id id, float *o, const kvq_weights *weights, const uint8_t *block,
                          const kvq_kv_shape *sh);
 kvq_score_rows_fn kvq_score_rows_reference;
 kvq_accum_rows_fn kvq_accum_rows_reference;

@@ -27,11 +27,11 @@ void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, cons
     score_decoded(s, query, k, KVQ_BLOCK, sh->d);
 }
 
-void kvq_accum_reference(kvq_codec_id id, float *o, const float *p, int n, const uint8_t *block,
+void kvq_accum_reference(kvq_codec_id id, float *o, const kvq_weights *weights, const uint8_t *block,
                          const kvq_kv_shape *sh) {
     float v[KVQ_BLOCK * KVQ_D_MAX];
     kvq_codecs[id].decode(v, block, sh);
-    accum_decoded(o, p, n, v, KVQ_BLOCK, sh->d);
+    accum_decoded(o, weights->p, weights->n, v, KVQ_BLOCK, sh->d);
 }
 
 void kvq_score_rows_reference(float *s, const kvq_query *query, const uint16_t *rows, int n_rows,

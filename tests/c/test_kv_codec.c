@@ -420,21 +420,23 @@ static const char *check_scores(const kvq_isa *isa, codec_case which, int d, int
     return NULL;
 }
 
-/* What the tokens of a block weigh for a query. Where none weighs much of all that was weighed so
- * far, AVX-512 takes weights of 8 bits, else of 12 like the other sets (weigh_tokens in
+/* What the tokens of a block weigh for a query. Where none weighs much beside what the result is
+ * divided by, AVX-512 takes weights of 8 bits, else of 12 like the other sets (weigh_tokens in
  * kv_kernels.inl). */
-typedef enum weighing { FLAT, PEAKED, FAINT, WEIGHINGS } weighing;
-static const char *const weighing_names[WEIGHINGS] = {"alike", "of one token", "faint"};
+typedef enum weighing { FLAT, PEAKED, FAINT, LATE, WEIGHINGS } weighing;
+static const char *const weighing_names[WEIGHINGS] = {"alike", "of one token", "faint", "late"};
+static const float sum_before[WEIGHINGS] = {[FAINT] = 1, [LATE] = 100};
 
 static float weight_of(weighing how, int t, unsigned long long *state) {
-    const float any = 0.75f + 0.25f * test_uniform(state), peaked = t == 37 ? 1.0f : 0.125f * any;
-    return how == FLAT ? any : how == PEAKED ? peaked : 0.02f * peaked;
+    const float any = 0.75f + 0.25f * test_uniform(state), peaked = t == 37 ? 1.0f : 0.1f * any;
+    return how == FLAT ? any : how == FAINT ? 0.02f * peaked : peaked;
 }
 
 /* How far a sum may be off, of the sum of the magnitudes of its parts. Rounding 64 weights to 1/255
  * of their largest moves it by sqrt(64 / 12) / 255 = 1.1 % of what the largest gives, as a standard
  * deviation, of which five are allowed: where weights are alike, their sum is at least 32 times the
- * largest; and a faint block has a token beside it that weighs 50 times as much as its largest. */
+ * largest; a faint block has tokens beside it that weigh 50 times as much as its largest, a late one
+ * 100 times, with values half as large as its own. */
 static float most_off(const kvq_isa *isa, kvq_codec_id id, weighing how) {
     const bool rounds = id == KVQ_CODEC_c8 || id == KVQ_CODEC_t1 || id == KVQ_CODEC_t2;
     const bool bytes = rounds && how != PEAKED && strcmp(isa->name, "avx512") == 0;
@@ -445,18 +447,23 @@ static float most_off(const kvq_isa *isa, kvq_codec_id id, weighing how) {
 static const char *check_sums(const kvq_isa *isa, codec_case which, int d, int n,
                               const weighing *hows, const uint8_t *block) {
     const kvq_codec_id id = which.id;
-    static float decoded[KVQ_BLOCK * KVQ_D_MAX], p[MOST_QUERIES * KVQ_BLOCK];
+    static float decoded[KVQ_BLOCK * KVQ_D_MAX], p[MOST_QUERIES * KVQ_BLOCK], sum[MOST_QUERIES];
     static float o[MOST_QUERIES * KVQ_D_MAX], o_ref[MOST_QUERIES * KVQ_D_MAX];
+    const kvq_weights weights = {.p = p, .sum = sum, .n = n};
     const kvq_kv_shape shape = shape_of(which, d);
     unsigned long long state = (unsigned)(d + n) * 2 + 1;
     kvq_codecs[id].decode(decoded, block, &shape);
-    for (int i = 0; i < n * KVQ_BLOCK; i++) {
-        p[i] = weight_of(hows[i / KVQ_BLOCK], i % KVQ_BLOCK, &state);
+    for (int i = 0; i < n; i++) {
+        sum[i] = sum_before[hows[i]];
+        for (int t = 0; t < KVQ_BLOCK; t++) {
+            p[i * KVQ_BLOCK + t] = weight_of(hows[i], t, &state);
+            sum[i] += p[i * KVQ_BLOCK + t];
+        }
     }
     test_normals(o, (size_t)(n * d), 9);
     memcpy(o_ref, o, sizeof o);
-    kvq_accum_reference(id, o_ref, p, n, block, &shape);
-    kvq_run_accum(isa, id, o, p, n, block, &shape);
+    kvq_accum_reference(id, o_ref, &weights, block, &shape);
+    kvq_run_accum(isa, id, o, &weights, block, &shape);
     for (int i = 0; i < n; i++) {
         const float most = most_off(isa, id, hows[i]);
         for (int c = 0; c < d; c++) {
@@ -465,7 +472,7 @@ static const char *check_sums(const kvq_isa *isa, codec_case which, int d, int n
                 scale += fabsf(p[i * KVQ_BLOCK + t] * decoded[t * d + c]);
                 largest = fmaxf(largest, fabsf(decoded[t * d + c]));
             }
-            if (hows[i] == FAINT) scale += largest; /* of a token that weighs 1 */
+            scale += 0.5f * sum_before[hows[i]] * largest;
             if (!(fabsf(o[i * d + c] - o_ref[i * d + c]) <= most * scale)) {
                 return TEST_FAIL("%s on %s, width %d, query %d of %d, weights %s, channel %d: "
                                  "sum %g, expected %g, off by %.2g of its parts",
@@ -517,7 +524,7 @@ static const char *queries_do_not_disturb_each_other(void) {
     static uint16_t rows[KVQ_BLOCK * D];
     static uint8_t block[KVQ_BLOCK * D * 2];
     static float q[MOST_QUERIES * D], s[MOST_QUERIES * KVQ_BLOCK], one[KVQ_BLOCK];
-    static float weights[MOST_QUERIES * KVQ_BLOCK];
+    static float p[MOST_QUERIES * KVQ_BLOCK], sum[MOST_QUERIES];
     if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
     make_rows(rows, KVQ_BLOCK, D, 3);
     test_normals(q, MOST_QUERIES * D, 4);
@@ -526,16 +533,18 @@ static const char *queries_do_not_disturb_each_other(void) {
         const kvq_kv_shape shape = shape_of(c, D);
         kvq_codecs[c.id].encode(block, rows, &shape);
         kvq_run_score(isa, c.id, s, &(kvq_query){.x = q, .n = MOST_QUERIES}, block, &shape);
-        test_normals(weights, MOST_QUERIES * KVQ_BLOCK, 5);
-        for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) weights[i] = fabsf(weights[i]);
+        test_normals(p, MOST_QUERIES * KVQ_BLOCK, 5);
+        for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) p[i] = fabsf(p[i]);
+        for (int i = 0; i < MOST_QUERIES; i++) sum[i] = (float)(i * i); /* some take more bits */
         for (int i = 0; i < MOST_QUERIES; i++) {
             float sums[2][MOST_QUERIES * D] = {{0}};
             kvq_run_score(isa, c.id, one, &(kvq_query){.x = q + i * D, .n = 1}, block, &shape);
             if (memcmp(one, s + i * KVQ_BLOCK, sizeof one) != 0) {
                 return TEST_FAIL("%s: the scores of query %d change alone", case_name(c), i);
             }
-            kvq_run_accum(isa, c.id, sums[0], weights, MOST_QUERIES, block, &shape);
-            kvq_run_accum(isa, c.id, sums[1], weights + i * KVQ_BLOCK, 1, block, &shape);
+            kvq_run_accum(isa, c.id, sums[0], &(kvq_weights){p, sum, MOST_QUERIES}, block, &shape);
+            kvq_run_accum(isa, c.id, sums[1], &(kvq_weights){p + i * KVQ_BLOCK, sum + i, 1}, block,
+                          &shape);
             if (memcmp(sums[0] + i * D, sums[1], D * sizeof(float)) != 0) {
                 return TEST_FAIL("%s: the sums of query %d change alone", case_name(c), i);
             }
@@ -562,7 +571,7 @@ static const char *sums_take_weights_of_any_size(void) {
         kvq_codecs[c.id].decode(decoded, block, &shape);
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
             float p[KVQ_BLOCK] = {[TOKEN] = sizes[i]}, o[D] = {0};
-            kvq_run_accum(isa, c.id, o, p, 1, block, &shape);
+            kvq_run_accum(isa, c.id, o, &(kvq_weights){p, &sizes[i], 1}, block, &shape);
             for (int j = 0; j < D; j++) {
                 const float expected = sizes[i] * decoded[TOKEN * D + j];
                 /* what weighs less than 1e-30 may count as nothing */
@@ -580,30 +589,37 @@ static const char *sums_take_weights_of_any_size(void) {
     return NULL;
 }
 
-static const char *softmax_matches_exp(void) {
+static const char *softmax_matches_exp2(void) {
+    enum { BLOCKS = 3, QUERIES = 7 };
     const kvq_isa *isa;
     if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    unsigned long long state = 1;
     for (int round = 0; round < 200; round++) {
-        unsigned long long state = (unsigned)round * 2 + 1;
-        float s[KVQ_BLOCK], x[KVQ_BLOCK], largest = round % 3 ? -INFINITY : 1.0f;
-        double sum = 0;
-        float most = largest;
-        for (int t = 0; t < KVQ_BLOCK; t++) {
-            x[t] = s[t] = t * 7 % 64 < round % 65 ? -INFINITY : 30.0f * test_uniform(&state);
-            most = fmaxf(most, x[t]);
+        static float s[BLOCKS * QUERIES * KVQ_BLOCK], x[BLOCKS * QUERIES * KVQ_BLOCK];
+        const int n_blocks = 1 + round % BLOCKS, n = 1 + round % QUERIES;
+        float largest[QUERIES], most[QUERIES], got[QUERIES];
+        double sum[QUERIES] = {0};
+        for (int i = 0; i < n; i++) most[i] = largest[i] = round % 3 ? -INFINITY : 1.0f;
+        for (int j = 0; j < n_blocks * n * KVQ_BLOCK; j++) {
+            const int i = j / KVQ_BLOCK % n;
+            x[j] = s[j] = j * 7 % 64 < (round + i) % 65 ? -INFINITY : 43.0f * test_uniform(&state);
+            most[i] = fmaxf(most[i], x[j]);
         }
-        const float got = isa->softmax(s, &largest);
-        TEST_CHECK(largest == most);
-        for (int t = 0; t < KVQ_BLOCK; t++) {
-            const double expected = x[t] == -INFINITY ? 0 : exp((double)(x[t] - most));
-            sum += expected;
-            if (fabs((double)s[t] - expected) > 4e-7 * expected + 1e-37) {
-                return TEST_FAIL("exp(%g): %g, expected %g", (double)(x[t] - most), (double)s[t],
+        isa->softmax(s, largest, got, n, n_blocks);
+        for (int j = 0; j < n_blocks * n * KVQ_BLOCK; j++) {
+            const int i = j / KVQ_BLOCK % n;
+            const double expected = x[j] == -INFINITY ? 0 : exp2((double)(x[j] - most[i]));
+            sum[i] += expected;
+            if (!(fabs((double)s[j] - expected) <= 3e-7 * expected)) {
+                return TEST_FAIL("2^%g: %g, expected %g", (double)(x[j] - most[i]), (double)s[j],
                                  expected);
             }
         }
-        if (fabs((double)got - sum) > 1e-5 * sum)
-            return TEST_FAIL("sum %g, expected %g", (double)got, sum);
+        for (int i = 0; i < n; i++) {
+            TEST_CHECK(largest[i] == most[i]);
+            if (!(fabs((double)got[i] - sum[i]) <= 1e-6 * sum[i]))
+                return TEST_FAIL("sum %g, expected %g", (double)got[i], sum[i]);
+        }
     }
     return NULL;
 }
@@ -642,7 +658,7 @@ const kvq_test tests_kv_codec[] = {
     {"kv: kernels match the reference", kernels_match_the_reference},
     {"kv: a query's result does not depend on its neighbours", queries_do_not_disturb_each_other},
     {"kv: sums take weights of any size", sums_take_weights_of_any_size},
-    {"kv: softmax matches exp", softmax_matches_exp},
+    {"kv: softmax matches exp2", softmax_matches_exp2},
     {"kv: swiglu matches exp", swiglu_matches_exp},
     {NULL, NULL},
 };
