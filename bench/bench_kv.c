@@ -20,7 +20,14 @@
 
 #include "isa/isa.h"
 
-enum { MOST_QUERIES = 8, N_QUERIES = 5, N_WIDTHS = 2, REPEATS = 256, ENCODED = 16 };
+enum {
+    MOST_QUERIES = 8,
+    N_QUERIES = 5,
+    N_WIDTHS = 2,
+    REPEATS = 256,
+    ENCODED = 16,
+    SCORES = KVQ_BLOCKS_AT_ONCE * MOST_QUERIES * KVQ_BLOCK,
+};
 
 static const int queries[N_QUERIES] = {1, 3, 4, 7, 8}, widths[N_WIDTHS] = {64, 128};
 
@@ -59,30 +66,29 @@ typedef struct work {
     size_t block_bytes, stride; /* stride: to the block that is read next */
     int n_blocks, n;            /* n: queries */
     _Alignas(KVQ_ALIGN) float q[MOST_QUERIES * KVQ_D_MAX], o[MOST_QUERIES * KVQ_D_MAX];
-    _Alignas(KVQ_ALIGN) float s[MOST_QUERIES * KVQ_BLOCK], p[MOST_QUERIES * KVQ_BLOCK];
+    _Alignas(KVQ_ALIGN) float s[SCORES], p[SCORES];
     float sum[MOST_QUERIES];
 } work;
 
-/* Where block b lies; fetches the one after it. */
-static const uint8_t *block_at(const work *w, int b) {
-    const uint8_t *const block = w->blocks + (size_t)b * w->stride;
-    for (size_t at = 0; at < w->stride && b + 1 < w->n_blocks; at += 64) {
-        __builtin_prefetch(block + w->stride + at);
-    }
-    return block;
+static kvq_blocks blocks_at(const work *w, int first) {
+    kvq_blocks blocks = {.n = KVQ_BLOCKS_AT_ONCE};
+    for (int b = 0; b < blocks.n; b++) blocks.at[b] = w->blocks + (size_t)(first + b) * w->stride;
+    return blocks;
 }
 
 static void run_score(work *w) {
     const kvq_query query = {w->q, w->n};
-    for (int b = 0; b < w->n_blocks; b++) {
-        w->isa->score[w->id](w->s, &query, block_at(w, b), &w->shape);
+    for (int b = 0; b < w->n_blocks; b += KVQ_BLOCKS_AT_ONCE) {
+        const kvq_blocks blocks = blocks_at(w, b);
+        w->isa->score[w->id](w->s, &query, &blocks, &w->shape);
     }
 }
 
 static void run_accum(work *w) {
     const kvq_weights weights = {.p = w->p, .sum = w->sum, .n = w->n};
-    for (int b = 0; b < w->n_blocks; b++) {
-        w->isa->accum[w->id](w->o, &weights, block_at(w, b), &w->shape);
+    for (int b = 0; b < w->n_blocks; b += KVQ_BLOCKS_AT_ONCE) {
+        const kvq_blocks blocks = blocks_at(w, b);
+        w->isa->accum[w->id](w->o, &weights, &blocks, &w->shape);
     }
 }
 
@@ -115,14 +121,13 @@ static void open_work(work *w, const kvq_isa *isa, kvq_codec_id id, bool wide, i
     w->block_bytes = kvq_codecs[id].bytes(&w->shape);
     w->stride = bytes ? w->block_bytes : 0;
     w->n_blocks = bytes ? (int)(bytes / w->block_bytes) : REPEATS;
+    w->n_blocks -= w->n_blocks % KVQ_BLOCKS_AT_ONCE;
     w->rows = allocate(KVQ_BLOCK * (size_t)d * sizeof *w->rows);
     w->blocks = allocate(bytes ? bytes : w->block_bytes);
     for (int i = 0; i < KVQ_BLOCK * d; i++) w->rows[i] = kvq_f32_to_f16(noise(&state));
     for (int i = 0; i < MOST_QUERIES * d; i++) w->q[i] = noise(&state);
-    for (int i = 0; i < MOST_QUERIES * KVQ_BLOCK; i++) {
-        w->p[i] = 0.01f * fabsf(noise(&state));
-        w->sum[i / KVQ_BLOCK] += w->p[i];
-    }
+    for (int i = 0; i < SCORES; i++) w->p[i] = 0.01f * fabsf(noise(&state));
+    for (int i = 0; i < MOST_QUERIES; i++) w->sum[i] = 1;
     kvq_codecs[id].encode(w->blocks, w->rows, &w->shape);
     for (int b = 1; b < w->n_blocks && w->stride; b++) {
         memcpy(w->blocks + (size_t)b * w->stride, w->blocks, w->block_bytes);

@@ -51,23 +51,23 @@ extern const kvq_isa kvq_isa_neon;
 kvq_status kvq_isa_choose(const kvq_isa **out);
 
 static inline void kvq_run_score(const kvq_isa *isa, kvq_codec_id id, float *s,
-                                 const kvq_query *query, const uint8_t *block,
+                                 const kvq_query *query, const kvq_blocks *blocks,
                                  const kvq_kv_shape *sh) {
     while (!isa->score[id] && isa->inherits) isa = isa->inherits;
     if (isa->score[id])
-        isa->score[id](s, query, block, sh);
+        isa->score[id](s, query, blocks, sh);
     else
-        kvq_score_reference(id, s, query, block, sh);
+        kvq_score_reference(id, s, query, blocks, sh);
 }
 
 static inline void kvq_run_accum(const kvq_isa *isa, kvq_codec_id id, float *o,
-                                 const kvq_weights *weights, const uint8_t *block,
+                                 const kvq_weights *weights, const kvq_blocks *blocks,
                                  const kvq_kv_shape *sh) {
     while (!isa->accum[id] && isa->inherits) isa = isa->inherits;
     if (isa->accum[id])
-        isa->accum[id](o, weights, block, sh);
+        isa->accum[id](o, weights, blocks, sh);
     else
-        kvq_accum_reference(id, o, weights, block, sh);
+        kvq_accum_reference(id, o, weights, blocks, sh);
 }
 
 static inline void kvq_run_score_rows(const kvq_isa *isa, float *s, const kvq_query *query,

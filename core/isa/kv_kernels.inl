@@ -212,16 +212,21 @@ static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, in
 
 /* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. */
 #define ROW_CODEC(NAME, SPAN, ROW_BYTES)                                                           \
-    static void score_##NAME(float *s, const kvq_query *query, const uint8_t *block,               \
+    static void score_##NAME(float *s, const kvq_query *query, const kvq_blocks *blocks,           \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
-        score_rows_any(load_##NAME, SPAN, s, query, block, ROW_BYTES, KVQ_BLOCK, d);               \
+        for (int b = 0; b < blocks->n; b++) {                                                      \
+            score_rows_any(load_##NAME, SPAN, s + b * query->n * KVQ_BLOCK, query, blocks->at[b],  \
+                           ROW_BYTES, KVQ_BLOCK, d);                                               \
+        }                                                                                          \
     }                                                                                              \
-    static void accum_##NAME(float *o, const kvq_weights *weights, const uint8_t *block,           \
+    static void accum_##NAME(float *o, const kvq_weights *weights, const kvq_blocks *blocks,       \
                              const kvq_kv_shape *sh) {                                             \
-        const int d = sh->d;                                                                       \
-        accum_rows_any(load_##NAME, SPAN, o, weights->p, weights->n, block, ROW_BYTES, KVQ_BLOCK,  \
-                       d);                                                                         \
+        const int d = sh->d, n = weights->n;                                                       \
+        for (int b = 0; b < blocks->n; b++) {                                                      \
+            accum_rows_any(load_##NAME, SPAN, o, weights->p + b * n * KVQ_BLOCK, n, blocks->at[b], \
+                           ROW_BYTES, KVQ_BLOCK, d);                                               \
+        }                                                                                          \
     }
 
 ROW_CODEC(f16, F16_SPAN, (size_t)d * 2)
@@ -230,10 +235,7 @@ ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 
 /* ---- u1, u2, u4: keys in uniform levels --------------------------------------------------- */
 
-enum {
-    U_MOST_GROUPS = KVQ_D_MAX / 32,
-    U_MULTIPLIES_AGAIN = VF_LANES > 8 /* rather than storing products, which is slower there */
-};
+enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
 
 /* A query meets the scales of a block's channels once, then works in integers, group by group:
  *     x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] - middle * sum of q),
@@ -242,7 +244,8 @@ enum {
 typedef struct u_query {
     _Alignas(KVQ_ALIGN) int8_t q[KVQ_D_MAX]; /* zeros beyond d */
     float at_mean;
-    float unit[U_MOST_GROUPS], zero[U_MOST_GROUPS]; /* zero: unit * -middle * sum of q */
+    float unit[U_MOST_GROUPS], inverse[U_MOST_GROUPS]; /* inverse: of the unit of x[c] * code of b */
+    float zero[U_MOST_GROUPS];                         /* unit * -middle * sum of q */
 } u_query;
 
 /* kvq_u_means without its division where the head is one group: all else would wait for that. */
@@ -251,67 +254,70 @@ KV_INLINE size_t u_means(const kvq_kv_shape *sh) {
     return sh->group == sh->d ? kvq_u_means(&one_group) : kvq_u_means(sh);
 }
 
-KV_INLINE void u_prepare(const int nq, u_query *u, const float *x, const uint8_t *block,
-                         float middle, const kvq_kv_shape *sh) {
+/* The units of queries on a block, and their products with its mean. */
+KV_INLINE void u_measure(const int nq, u_query *u, const float *x, const uint8_t *block,
+                         const kvq_kv_shape *sh) {
     const int d = sh->d, group = sh->group;
     const int8_t *const means = (const int8_t *)block + u_means(sh);
     const uint8_t *const channels = block + u_means(sh) + d;
     const vf mean_unit = vf_set_half(block);
     const vf channel_unit = vf_mul(vf_set_half(block + 4), vf_set(1.0f / 127));
-    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES * KVQ_D_MAX];
-    _Alignas(KVQ_ALIGN) float of_each[VF_LANES], zeros[VF_LANES];
+    float unit[4], inverse[4], of_mean[4];
     vf at_mean[KV_QUERIES];
     for (int i = 0; i < KV_QUERIES; i++) at_mean[i] = vf_zero();
     for (int g = 0, first = 0; first < d; g++, first += group) {
-        const int end = first + group;
-        vf top[KV_QUERIES], sum[KV_QUERIES];
-        vi q_sum[KV_QUERIES];
+        vf top[KV_QUERIES];
         for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
-        for (int c = first; c < end; c += VF_LANES) {
-            const vf scale = vf_load_u8(channels + c);
+        for (int c = first; c < first + group; c += VF_LANES) {
+            const vf scale = vf_load_u8(channels + c), mean = vf_load_i8(means + c);
             KV_EACH(i, nq) {
-                const vf y = vf_mul(vf_load(x + i * d + c), scale);
-                top[i] = vf_max_abs(top[i], y);
-                if (!U_MULTIPLIES_AGAIN) vf_store(scaled + i * d + c, y);
+                const vf of_query = vf_load(x + i * d + c);
+                top[i] = vf_max_abs(top[i], vf_mul(of_query, scale));
+                at_mean[i] = vf_fma(of_query, mean, at_mean[i]);
             }
         }
         const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE));
-        vf inverse[KV_QUERIES];
-        vf_store(of_each, vf_div(vf_set(127.0f), largest));
-        KV_EACH(i, nq) inverse[i] = vf_set(of_each[i]);
-        for (int i = 0; i < KV_QUERIES; i++) q_sum[i] = vi_zero();
-        for (int c = first; c < end; c += VF_LANES) { /* while the inverses are awaited */
-            const vf mean = vf_load_i8(means + c);
-            KV_EACH(i, nq) at_mean[i] = vf_fma(vf_load(x + i * d + c), mean, at_mean[i]);
+        vf_store_four(inverse, vf_div(vf_set(127.0f), largest));
+        vf_store_four(unit, vf_mul(largest, channel_unit));
+        KV_EACH(i, nq) {
+            u[i].inverse[g] = inverse[i];
+            u[i].unit[g] = unit[i];
         }
-        for (int c = first; c < end; c += VF_LANES) {
-            const vf scale = U_MULTIPLIES_AGAIN ? vf_load_u8(channels + c) : vf_zero();
+    }
+    vf_store_four(of_mean, vf_mul(vf_sums(at_mean), mean_unit));
+    KV_EACH(i, nq) u[i].at_mean = of_mean[i];
+}
+
+/* Queries in integers, once they are measured. */
+KV_INLINE void u_round(const int nq, u_query *u, const float *x, const uint8_t *block, float middle,
+                       const kvq_kv_shape *sh) {
+    const int d = sh->d, group = sh->group;
+    const uint8_t *const channels = block + u_means(sh) + d;
+    float sums[4];
+    for (int g = 0, first = 0; first < d; g++, first += group) {
+        vf sum[KV_QUERIES];
+        vi q_sum[KV_QUERIES];
+        for (int i = 0; i < KV_QUERIES; i++) q_sum[i] = vi_zero();
+        for (int c = first; c < first + group; c += VF_LANES) {
+            const vf scale = vf_load_u8(channels + c);
             KV_EACH(i, nq) {
-                const vf y = U_MULTIPLIES_AGAIN ? vf_mul(vf_load(x + i * d + c), scale)
-                                                : vf_load(scaled + i * d + c);
-                const vi rounded = vi_from_vf(vf_mul(y, inverse[i]));
+                const vf product = vf_mul(vf_load(x + i * d + c), scale);
+                const vi rounded = vi_from_vf(vf_mul(product, vf_set(u[i].inverse[g])));
                 q_sum[i] = vi_add(q_sum[i], rounded);
                 vi_store_i8(u[i].q + c, rounded);
             }
         }
         for (int i = 0; i < KV_QUERIES; i++) sum[i] = vf_from_vi(q_sum[i]);
-        const vf unit = vf_mul(largest, channel_unit);
-        vf_store(of_each, unit);
-        vf_store(zeros, vf_mul(vf_mul(unit, vf_set(-middle)), vf_sums(sum)));
-        KV_EACH(i, nq) {
-            u[i].unit[g] = of_each[i];
-            u[i].zero[g] = zeros[i];
-        }
+        vf_store_four(sums, vf_sums(sum));
+        KV_EACH(i, nq) u[i].zero[g] = u[i].unit[g] * -middle * sums[i];
     }
-    vf_store(of_each, vf_mul(vf_sums(at_mean), mean_unit));
     KV_EACH(i, nq) {
         for (int c = d; c % 32; c++) u[i].q[c] = 0;
-        u[i].at_mean = of_each[i];
     }
 }
 
-KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float *x,
-                             const uint8_t *block, const kvq_kv_shape *sh) {
+KV_INLINE void u_score(const int nq, const int bits, float *s, const u_query *u,
+                       const uint8_t *block, const kvq_kv_shape *sh) {
     const int n = 32 / bits, fields = 8 / bits, top = (1 << bits) - 1; /* n channels: a word */
     const int span = vd_most(127 * top) / (2 * fields) * n;   /* channels that a sum can take */
     const bool at_once = span >= KVQ_D_MAX;                   /* known: one sum for all of them */
@@ -319,8 +325,6 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float
     const uint8_t *const codes = block + u_means(sh) + 2 * sh->d;
     const vf token_unit = vf_set(load_half(block + 2));
     const vb low = vb_set(top), next = vb_set(top << bits);
-    u_query u[KV_QUERIES];
-    u_prepare(nq, u, x, block, 0.5f * (float)top, sh);
     for (int t = 0; t < KVQ_BLOCK; t += VD_TOKENS * VF_LANES) {
         const uint8_t *word = codes + (size_t)(t / 8) * stride;
         for (int g = 0, c = 0; c < sh->d; g++) {
@@ -366,13 +370,25 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, const float
     }
 }
 
+KV_INLINE void score_u_group(const int nq, const int bits, float *s, size_t stride, const float *x,
+                             const kvq_blocks *blocks, const kvq_kv_shape *sh) {
+    const float middle = 0.5f * (float)((1 << bits) - 1);
+    u_query u[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
+    for (int b = 0; b < blocks->n; b++) u_measure(nq, u[b], x, blocks->at[b], sh);
+    for (int b = 0; b < blocks->n; b++) u_round(nq, u[b], x, blocks->at[b], middle, sh);
+    for (int b = 0; b < blocks->n; b++, s += stride) {
+        u_score(nq, bits, s, u[b], blocks->at[b], sh);
+    }
+}
+
 #define U_CODEC(NAME, BITS)                                                                        \
-    static void score_##NAME(float *s, const kvq_query *query, const uint8_t *block,               \
+    static void score_##NAME(float *s, const kvq_query *query, const kvq_blocks *blocks,           \
                              const kvq_kv_shape *sh) {                                             \
+        const size_t stride = (size_t)query->n * KVQ_BLOCK;                                        \
         KV_IN_GROUPS(query->n, U_GROUP_##BITS);                                                    \
     }
 #define U_GROUP(NQ, BITS, FIRST)                                                                   \
-    score_u_group(NQ, BITS, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * sh->d, block, sh)
+    score_u_group(NQ, BITS, s + (FIRST) * KVQ_BLOCK, stride, query->x + (FIRST) * sh->d, blocks, sh)
 #define U_GROUP_1(NQ, FIRST) U_GROUP(NQ, 1, FIRST)
 #define U_GROUP_2(NQ, FIRST) U_GROUP(NQ, 2, FIRST)
 #define U_GROUP_4(NQ, FIRST) U_GROUP(NQ, 4, FIRST)
@@ -388,7 +404,7 @@ U_CODEC(u4, 4)
  * rounding is far below the error of the values themselves. A weight of 0 stays 0. */
 typedef struct token_weights {
     _Alignas(KVQ_ALIGN) uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
-    float unit;
+    float unit, factor; /* factor: 1 / unit, of p times the code of the scale */
 } token_weights;
 
 /* Bytes are enough where the largest weight of the block is at most 1 / KV_BYTES_ENOUGH of what the
@@ -400,25 +416,53 @@ typedef struct token_weights {
 #define KV_BYTES_ENOUGH 16.0f
 #define KV_USUAL_SCALE 128.0f
 
-enum { WEIGHT_VECTORS = KVQ_BLOCK / VF_LANES };
-
-/* Makes integers up to `most` of what the tokens weigh; largest and most: a lane per query. in_two
- * has the bits of the queries that take two planes; the others need the low one, and zeros in the
- * high one only where it is read for another query. */
-KV_INLINE void store_weights(const int nq, token_weights *weights,
-                             vf scaled[KV_QUERIES][WEIGHT_VECTORS], vf largest, vf most,
-                             float scale_unit, const unsigned in_two) {
-    _Alignas(KVQ_ALIGN) float factor[VF_LANES], unit[VF_LANES];
-    vf_store(factor, vf_div(most, largest));
-    vf_store(unit, vf_mul(vf_div(largest, most), vf_set(scale_unit)));
+/* The units of what the tokens weigh for the queries of a group; returns the bits of those that take
+ * two planes. */
+KV_INLINE unsigned measure_weights(const int nq, token_weights *weights, const float *p,
+                                   const float *sum, const uint8_t *scales, float scale_unit) {
+    float factor[4], unit[4];
+    unsigned in_two = (1u << nq) - 1;
+    vf top[KV_QUERIES];
+    for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
+    for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
+        const vf scale = vf_load_u8(scales + t);
+        KV_EACH(i, nq) top[i] = vf_max(top[i], vf_mul(vf_load(p + i * KVQ_BLOCK + t), scale));
+    }
+    const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE));
+    vf most = vf_set(4095);
+#if VW_LOW_BYTES
+    const vf divisor = vf_max(vf_load_first(sum, nq), vf_set(1.0f));
+    const vf enough = vf_mul(divisor, vf_set(KV_USUAL_SCALE / KV_BYTES_ENOUGH));
+    const vf spare = vf_sub(enough, largest);
+    most = vf_where_negative(spare, most, vf_set(255));
+    in_two &= vf_negative(spare); /* lanes without a query say nothing */
+#else
+    (void)sum;
+#endif
+    vf_store_four(factor, vf_div(most, largest));
+    vf_store_four(unit, vf_mul(vf_div(largest, most), vf_set(scale_unit)));
     KV_EACH(i, nq) {
-        const vf by = vf_set(factor[i]);
+        weights[i].factor = factor[i];
         weights[i].unit = unit[i];
-        for (int v = 0; v < WEIGHT_VECTORS; v += 4) {
-            uint8_t *const high = weights[i].high + v * VF_LANES;
-            uint8_t *const low = weights[i].low + v * VF_LANES;
+    }
+    return in_two;
+}
+
+/* Weights in integers, once they are measured: queries that are not in_two need the low plane alone,
+ * and zeros in the high one only where it is read for another query. */
+KV_INLINE void round_weights(const int nq, token_weights *weights, const float *p,
+                             const uint8_t *scales, const unsigned in_two) {
+    for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {
+        vf scale[4];
+        for (int j = 0; j < 4; j++) scale[j] = vf_load_u8(scales + t + j * VF_LANES);
+        KV_EACH(i, nq) {
+            uint8_t *const high = weights[i].high + t, *const low = weights[i].low + t;
+            const vf factor = vf_set(weights[i].factor);
             vi rounded[4];
-            for (int j = 0; j < 4; j++) rounded[j] = vi_from_vf(vf_mul(scaled[i][v + j], by));
+            for (int j = 0; j < 4; j++) {
+                const vf weight = vf_load(p + i * KVQ_BLOCK + t + j * VF_LANES);
+                rounded[j] = vi_from_vf(vf_mul(vf_mul(weight, scale[j]), factor));
+            }
             if (in_two >> i & 1) {
                 vi_store_sixes(high, low, rounded);
                 continue;
@@ -429,40 +473,27 @@ KV_INLINE void store_weights(const int nq, token_weights *weights,
     }
 }
 
-/* For the queries of a group; returns whether the low planes hold all of it. */
-KV_INLINE bool weigh_tokens(const int nq, token_weights *weights, const float *p, const float *sum,
-                            const uint8_t *scales, float scale_unit) {
-    vf scale[WEIGHT_VECTORS], scaled[KV_QUERIES][WEIGHT_VECTORS], top[KV_QUERIES];
-    for (int v = 0; v < WEIGHT_VECTORS; v++) scale[v] = vf_load_u8(scales + v * VF_LANES);
-    for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
-    KV_EACH(i, nq) {
-        for (int v = 0; v < WEIGHT_VECTORS; v++) {
-            scaled[i][v] = vf_mul(vf_load(p + i * KVQ_BLOCK + v * VF_LANES), scale[v]);
-            top[i] = vf_max(top[i], scaled[i][v]);
-        }
+/* What the tokens of each block weigh; scales_at: where their scales stand in a block. Returns the
+ * bits of the blocks whose low planes hold all of it. */
+KV_INLINE unsigned weigh_tokens(const int nq, token_weights weights[][KV_QUERIES], const float *p,
+                                size_t stride, const float *sum, const kvq_blocks *blocks,
+                                size_t scales_at) {
+    unsigned in_two[KVQ_BLOCKS_AT_ONCE], low = 0;
+    for (int b = 0; b < blocks->n; b++) {
+        const float unit = load_half(blocks->at[b]) * KVQ_LEVEL_UNIT;
+        in_two[b] = measure_weights(nq, weights[b], p + (size_t)b * stride, sum,
+                                    blocks->at[b] + scales_at, unit);
     }
-    const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE)), twelve_bits = vf_set(4095);
-#if VW_LOW_BYTES
-    const vf divisor = vf_max(vf_load_first(sum, nq), vf_set(1.0f)), eight_bits = vf_set(255);
-    const vf enough = vf_mul(divisor, vf_set(KV_USUAL_SCALE / KV_BYTES_ENOUGH));
-    const vf spare = vf_sub(enough, largest);
-    const unsigned in_two = vf_negative(spare);
-    const unsigned all = (1u << nq) - 1; /* lanes without a query have no bit */
-    if (in_two == 0) { /* branches are foreseen: the quotients need not wait for `spare` */
-        store_weights(nq, weights, scaled, largest, eight_bits, scale_unit, 0);
-        return true;
+    for (int b = 0; b < blocks->n; b++) {
+        const float *const p_b = p + (size_t)b * stride;
+        const uint8_t *const scales = blocks->at[b] + scales_at;
+        if (VW_LOW_BYTES && in_two[b] == 0) { /* a constant, as it mostly is */
+            round_weights(nq, weights[b], p_b, scales, 0);
+            low |= 1u << b;
+        } else
+            round_weights(nq, weights[b], p_b, scales, in_two[b]);
     }
-    if (in_two == all) {
-        store_weights(nq, weights, scaled, largest, twelve_bits, scale_unit, all);
-    } else {
-        const vf most = vf_where_negative(spare, twelve_bits, eight_bits);
-        store_weights(nq, weights, scaled, largest, most, scale_unit, in_two);
-    }
-#else
-    (void)sum;
-    store_weights(nq, weights, scaled, largest, twelve_bits, scale_unit, ~0u);
-#endif
-    return false;
+    return low;
 }
 
 /* s0 and s1 weighed by what the tokens from t on weigh for one query, and what such sums come to.
@@ -528,29 +559,32 @@ KV_INLINE void c8_weigh(const int nq, const bool all_low, float *o, int d, const
     }
 }
 
-KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, const float *sum,
-                              const uint8_t *block, const kvq_kv_shape *sh) {
+KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, size_t stride,
+                              const float *sum, const kvq_blocks *blocks, const kvq_kv_shape *sh) {
     const int d = sh->d, group = sh->group;
-    const float unit = load_half(block) * KVQ_LEVEL_UNIT;
-    const uint8_t *scales = block + KVQ_C8_SCALES, *const words = block + kvq_c8_words(sh);
-    for (int first = 0; first < d; first += group, scales += KVQ_BLOCK) {
-        token_weights weights[KV_QUERIES];
-        const bool all_low = weigh_tokens(nq, weights, p, sum, scales, unit);
-        for (int c = first; c < first + group; c += VF_LANES) {
-            const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
-            if (VW_LOW_BYTES && all_low)
-                c8_weigh(nq, true, o + c, d, at, weights);
-            else
-                c8_weigh(nq, false, o + c, d, at, weights);
+    size_t scales_at = KVQ_C8_SCALES;
+    for (int first = 0; first < d; first += group, scales_at += KVQ_BLOCK) {
+        token_weights weights[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
+        const unsigned low = weigh_tokens(nq, weights, p, stride, sum, blocks, scales_at);
+        for (int b = 0; b < blocks->n; b++) {
+            const uint8_t *const words = blocks->at[b] + kvq_c8_words(sh);
+            for (int c = first; c < first + group; c += VF_LANES) {
+                const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
+                if (VW_LOW_BYTES && low >> b & 1)
+                    c8_weigh(nq, true, o + c, d, at, weights[b]);
+                else
+                    c8_weigh(nq, false, o + c, d, at, weights[b]);
+            }
         }
     }
 }
 
-static void accum_c8(float *o, const kvq_weights *weights, const uint8_t *block,
+static void accum_c8(float *o, const kvq_weights *weights, const kvq_blocks *blocks,
                      const kvq_kv_shape *sh) {
+    const size_t stride = (size_t)weights->n * KVQ_BLOCK;
 #define GROUP(NQ, FIRST)                                                                           \
-    accum_c8_group(NQ, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK,                      \
-                   weights->sum + (FIRST), block, sh)
+    accum_c8_group(NQ, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK, stride,              \
+                   weights->sum + (FIRST), blocks, sh)
     KV_IN_GROUPS(weights->n, GROUP);
 #undef GROUP
 }

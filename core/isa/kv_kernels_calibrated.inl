@@ -134,12 +134,8 @@ KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], co
     } while (!at_once && units > 0);
 }
 
-KV_INLINE void score_mixed_group(const int nq, float *s, const float *x, const uint8_t *block,
-                                 const kvq_kv_shape *sh) {
-    mixed_plane planes[MIXED_PLANES];
-    mixed_query m[KV_QUERIES];
-    const size_t stride = mixed_find_planes(planes, sh) * 32;
-    mixed_prepare(nq, m, planes, x, block, sh);
+KV_INLINE void mixed_score(const int nq, float *s, const mixed_query *m, const mixed_plane *planes,
+                           size_t stride, const uint8_t *block, const kvq_kv_shape *sh) {
     for (int t = 0; t < KVQ_BLOCK; t += MIXED_TOKENS) {
         const uint8_t *codes = block + kvq_mixed_units_at(sh) + (size_t)(t / 16) * stride;
         vf score[KV_QUERIES][2];
@@ -164,10 +160,22 @@ KV_INLINE void score_mixed_group(const int nq, float *s, const float *x, const u
     }
 }
 
-static void score_mixed(float *s, const kvq_query *query, const uint8_t *block,
+KV_INLINE void score_mixed_group(const int nq, float *s, size_t stride, const float *x,
+                                 const kvq_blocks *blocks, const kvq_kv_shape *sh) {
+    mixed_plane planes[MIXED_PLANES];
+    mixed_query m[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
+    const size_t to_next_tokens = mixed_find_planes(planes, sh) * 32;
+    for (int b = 0; b < blocks->n; b++) mixed_prepare(nq, m[b], planes, x, blocks->at[b], sh);
+    for (int b = 0; b < blocks->n; b++, s += stride) {
+        mixed_score(nq, s, m[b], planes, to_next_tokens, blocks->at[b], sh);
+    }
+}
+
+static void score_mixed(float *s, const kvq_query *query, const kvq_blocks *blocks,
                         const kvq_kv_shape *sh) {
+    const size_t stride = (size_t)query->n * KVQ_BLOCK;
 #define GROUP(NQ, FIRST)                                                                           \
-    score_mixed_group(NQ, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * sh->d, block, sh)
+    score_mixed_group(NQ, s + (FIRST) * KVQ_BLOCK, stride, query->x + (FIRST) * sh->d, blocks, sh)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }
@@ -222,28 +230,33 @@ KV_INLINE void trellis_weigh(const int nq, const bool all_low, const int bits, v
 }
 
 KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *level, float *o,
-                                   const float *p, const float *sum, const uint8_t *block, int d) {
+                                   const float *p, size_t stride, const float *sum,
+                                   const kvq_blocks *blocks, int d) {
     const vb levels = vb_set16(level);
-    token_weights weights[KV_QUERIES];
-    const float unit = load_half(block) * KVQ_LEVEL_UNIT;
-    const bool all_low = weigh_tokens(nq, weights, p, sum, block + 4, unit);
-    for (int c = 0; c < d; c += VF_LANES) {
-        const uint8_t *const words = block + KVQ_T_HEADER + (c / 16 * 2 * bits * 16 + c % 16) * 4;
-        if (VW_LOW_BYTES && all_low)
-            trellis_weigh(nq, true, bits, levels, o + c, d, words, weights);
-        else
-            trellis_weigh(nq, false, bits, levels, o + c, d, words, weights);
+    token_weights weights[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
+    const size_t scales_at = KVQ_T_HEADER - KVQ_BLOCK;
+    const unsigned low = weigh_tokens(nq, weights, p, stride, sum, blocks, scales_at);
+    for (int b = 0; b < blocks->n; b++) {
+        const uint8_t *const words = blocks->at[b] + KVQ_T_HEADER;
+        for (int c = 0; c < d; c += VF_LANES) {
+            const uint8_t *const at = words + (c / 16 * 2 * bits * 16 + c % 16) * 4;
+            if (VW_LOW_BYTES && low >> b & 1)
+                trellis_weigh(nq, true, bits, levels, o + c, d, at, weights[b]);
+            else
+                trellis_weigh(nq, false, bits, levels, o + c, d, at, weights[b]);
+        }
     }
 }
 
 #define TRELLIS_CODEC(NAME, BITS)                                                                  \
-    static void accum_##NAME(float *o, const kvq_weights *weights, const uint8_t *block,           \
+    static void accum_##NAME(float *o, const kvq_weights *weights, const kvq_blocks *blocks,       \
                              const kvq_kv_shape *sh) {                                             \
+        const size_t stride = (size_t)weights->n * KVQ_BLOCK;                                      \
         KV_IN_GROUPS(weights->n, TRELLIS_GROUP_##BITS);                                            \
     }
 #define TRELLIS_GROUP(NQ, BITS, LEVEL, FIRST)                                                      \
     accum_trellis_group(NQ, BITS, LEVEL, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK,    \
-                        weights->sum + (FIRST), block, sh->d)
+                        stride, weights->sum + (FIRST), blocks, sh->d)
 #define TRELLIS_GROUP_1(NQ, FIRST) TRELLIS_GROUP(NQ, 1, kvq_t1_level, FIRST)
 #define TRELLIS_GROUP_2(NQ, FIRST) TRELLIS_GROUP(NQ, 2, kvq_t2_level, FIRST)
 TRELLIS_CODEC(t1, 1)

@@ -50,26 +50,32 @@ KV_INLINE void accum_levels_group(const int nq, load_fn *load, float *o, const f
 }
 
 #define LEVELS_CODEC(NAME, BITS)                                                                   \
-    static void score_##NAME(float *s, const kvq_query *query, const uint8_t *block,               \
+    static void score_##NAME(float *s, const kvq_query *query, const kvq_blocks *blocks,           \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
         load_fn *const load = load_##NAME;                                                         \
         const size_t row_bytes = (size_t)(d / 8 * (BITS));                                         \
-        KV_IN_GROUPS(query->n, LEVELS_SCORE);                                                      \
+        for (int b = 0; b < blocks->n; b++, s += query->n * KVQ_BLOCK) {                           \
+            const uint8_t *const block = blocks->at[b];                                            \
+            KV_IN_GROUPS(query->n, LEVELS_SCORE);                                                  \
+        }                                                                                          \
     }                                                                                              \
-    static void accum_##NAME(float *o, const kvq_weights *weights, const uint8_t *block,           \
+    static void accum_##NAME(float *o, const kvq_weights *weights, const kvq_blocks *blocks,       \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
         load_fn *const load = load_##NAME;                                                         \
         const size_t row_bytes = (size_t)(d / 8 * (BITS));                                         \
-        KV_IN_GROUPS(weights->n, LEVELS_ACCUM);                                                    \
+        const float *p = weights->p;                                                               \
+        for (int b = 0; b < blocks->n; b++, p += weights->n * KVQ_BLOCK) {                         \
+            const uint8_t *const block = blocks->at[b];                                            \
+            KV_IN_GROUPS(weights->n, LEVELS_ACCUM);                                                \
+        }                                                                                          \
     }
 #define LEVELS_SCORE(NQ, FIRST)                                                                    \
     score_levels_group(NQ, load, s + (FIRST) * KVQ_BLOCK, query->x + (FIRST) * d, block,           \
                        row_bytes, d)
 #define LEVELS_ACCUM(NQ, FIRST)                                                                    \
-    accum_levels_group(NQ, load, o + (FIRST) * d, weights->p + (FIRST) * KVQ_BLOCK, block,         \
-                       row_bytes, d)
+    accum_levels_group(NQ, load, o + (FIRST) * d, p + (FIRST) * KVQ_BLOCK, block, row_bytes, d)
 LEVELS_CODEC(n2, 2)
 LEVELS_CODEC(n3, 3)
 LEVELS_CODEC(nf4, 4)

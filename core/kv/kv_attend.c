@@ -14,11 +14,8 @@
 enum {
     TILE_QUERIES = 32, /* queries that are worked on together, while blocks are near */
     SEGMENT_BLOCKS = 16,
-    /* Scores, weights and sums are each taken of so many blocks in a row, for so many queries: what
-     * one block waits for, another does meanwhile. */
-    BLOCKS_AT_ONCE = 4,
-    QUERIES_AT_ONCE = 8,
-    SCORES_AT_ONCE = BLOCKS_AT_ONCE * QUERIES_AT_ONCE * KVQ_BLOCK,
+    QUERIES_AT_ONCE = 8, /* of a tile, with several blocks */
+    SCORES_AT_ONCE = KVQ_BLOCKS_AT_ONCE * QUERIES_AT_ONCE * KVQ_BLOCK,
     MOST_SEGMENTS = 32,           /* of sealed blocks */
     WAVE_FACTORS = 2 * KVQ_WAVES, /* of a query */
 };
@@ -298,30 +295,33 @@ static void fetch_block(const call *c, int kv_head, int side, int i) {
     __asm__ volatile(""); /* or gcc deems this function pure and drops the calls */
 }
 
-/* A few queries of a tile, from the first on, and n blocks, from that read i-th on. */
+/* The n blocks of a side from that read i-th on. */
+static kvq_blocks blocks_at(const call *c, int kv_head, int side, int i, int n) {
+    kvq_blocks blocks = {.n = n};
+    for (int j = 0; j < n; j++) {
+        blocks.at[j] = kvq_ring_block(c->ring, kv_head, side, block_at(c, kv_head, i + j));
+    }
+    return blocks;
+}
+
+/* A few queries of a tile, and the n blocks from that read i-th on. */
 static void attend_blocks(const call *c, running r, const scratch *m, const kvq_query *query,
                           const float *on, int kv_head, int i, int n, bool fetch) {
     const kvq_attention *const a = c->a;
-    const kvq_ring *const ring = c->ring;
-    const kvq_track *const keys = &ring->track[KVQ_KEYS][kv_head];
-    const kvq_track *const values = &ring->track[KVQ_VALUES][kv_head];
-    float *s = m->s;
-    for (int j = 0; j < n; j++, s += query->n * KVQ_BLOCK) {
-        const int b = block_at(c, kv_head, i + j);
-        if (fetch) fetch_block(c, kv_head, KVQ_VALUES, i + j);
-        kvq_run_score(a->isa, keys->codec, s, query, kvq_ring_block(ring, kv_head, KVQ_KEYS, b),
-                      &keys->shape);
-        if (keys->wave.n) add_waves(a, ring, &keys->wave, s, on, m->turned, query->n, b);
+    const kvq_track *const keys = &c->ring->track[KVQ_KEYS][kv_head];
+    const kvq_track *const values = &c->ring->track[KVQ_VALUES][kv_head];
+    const kvq_blocks key_blocks = blocks_at(c, kv_head, KVQ_KEYS, i, n);
+    const kvq_blocks value_blocks = blocks_at(c, kv_head, KVQ_VALUES, i, n);
+    const kvq_weights weights = {.p = m->s, .sum = r.sum, .n = query->n};
+    for (int j = 0; j < n && fetch; j++) fetch_block(c, kv_head, KVQ_VALUES, i + j);
+    kvq_run_score(a->isa, keys->codec, m->s, query, &key_blocks, &keys->shape);
+    for (int j = 0; j < n && keys->wave.n; j++) {
+        add_waves(a, c->ring, &keys->wave, m->s + j * query->n * KVQ_BLOCK, on, m->turned, query->n,
+                  block_at(c, kv_head, i + j));
     }
-    s = m->s;
-    weigh(a->isa, r, s, query->n, n, a->d);
-    for (int j = 0; j < n; j++, s += query->n * KVQ_BLOCK) {
-        const int b = block_at(c, kv_head, i + j);
-        const kvq_weights weights = {.p = s, .sum = r.sum, .n = query->n};
-        if (fetch) fetch_block(c, kv_head, KVQ_KEYS, i + n + j);
-        kvq_run_accum(a->isa, values->codec, r.o, &weights,
-                      kvq_ring_block(ring, kv_head, KVQ_VALUES, b), &values->shape);
-    }
+    weigh(a->isa, r, m->s, query->n, n, a->d);
+    for (int j = 0; j < n && fetch; j++) fetch_block(c, kv_head, KVQ_KEYS, i + n + j);
+    kvq_run_accum(a->isa, values->codec, r.o, &weights, &value_blocks, &values->shape);
 }
 
 static void attend_segment(const call *c, running r, const scratch *m, const kvq_query *query,
@@ -342,13 +342,13 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
         kvq_wave_project(m->on + i * WAVE_FACTORS, wave, query->x + (size_t)i * (size_t)d, d);
     }
     const int stop = at_most((segment + 1) * a->segment_blocks, c->n_blocks);
-    for (int i = segment * a->segment_blocks; i < stop; i += BLOCKS_AT_ONCE) {
+    for (int i = segment * a->segment_blocks; i < stop; i += KVQ_BLOCKS_AT_ONCE) {
         for (int first = 0; first < query->n; first += QUERIES_AT_ONCE) {
             const kvq_query few = {.x = query->x + (size_t)first * (size_t)d,
                                    .n = at_most(QUERIES_AT_ONCE, query->n - first)};
             attend_blocks(c, running_from(r, first, d), m, &few,
                           m->on + first * WAVE_FACTORS, kv_head, i,
-                          at_most(BLOCKS_AT_ONCE, stop - i), first == 0);
+                          at_most(KVQ_BLOCKS_AT_ONCE, stop - i), first == 0);
         }
     }
 }

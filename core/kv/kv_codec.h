@@ -16,20 +16,27 @@ typedef struct kvq_query {
     int n;
 } kvq_query;
 
-/* What the tokens of a block weigh for n queries. */
+/* Some sealed blocks of one side of a KV head: what a block is waited for, is done for another. */
+enum { KVQ_BLOCKS_AT_ONCE = 4 };
+typedef struct kvq_blocks {
+    const uint8_t *at[KVQ_BLOCKS_AT_ONCE];
+    int n;
+} kvq_blocks;
+
+/* What the tokens of blocks weigh for n queries. */
 typedef struct kvq_weights {
-    const float *p;   /* [n][KVQ_BLOCK] >= 0 */
+    const float *p;   /* [blocks][n][KVQ_BLOCK] >= 0 */
     const float *sum; /* [n] the result will be divided by 1 or by this, if it is larger, or by more:
                          what matters little beside it may be rounded more */
     int n;
 } kvq_weights;
 
-/* s[i * KVQ_BLOCK + t] = query i . key t, for the 64 tokens of a block. */
-typedef void kvq_score_fn(float *s, const kvq_query *query, const uint8_t *block,
+/* s[b][i][t] = query i . key t of block b, of [blocks][queries][KVQ_BLOCK] */
+typedef void kvq_score_fn(float *s, const kvq_query *query, const kvq_blocks *blocks,
                           const kvq_kv_shape *sh);
 
-/* o[i * d + c] += sum over t of p[i][t] * value[t][c] */
-typedef void kvq_accum_fn(float *o, const kvq_weights *weights, const uint8_t *block,
+/* o[i * d + c] += sum over t of p[b][i][t] * value[t][c] of block b, block after block */
+typedef void kvq_accum_fn(float *o, const kvq_weights *weights, const kvq_blocks *blocks,
                           const kvq_kv_shape *sh);
 
 /* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens), for n queries
@@ -58,10 +65,10 @@ extern const int8_t kvq_t1_level[16], kvq_t2_level[16];
 extern const int8_t kvq_c8_x[8], kvq_c8_y[8];
 
 /* The reference: decodes and multiplies in plain loops. */
-void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block,
-                         const kvq_kv_shape *sh);
-void kvq_accum_reference(kvq_codec_id id, float *o, const kvq_weights *weights, const uint8_t *block,
-                         const kvq_kv_shape *sh);
+void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query,
+                         const kvq_blocks *blocks, const kvq_kv_shape *sh);
+void kvq_accum_reference(kvq_codec_id id, float *o, const kvq_weights *weights,
+                         const kvq_blocks *blocks, const kvq_kv_shape *sh);
 kvq_score_rows_fn kvq_score_rows_reference;
 kvq_accum_rows_fn kvq_accum_rows_reference;
 

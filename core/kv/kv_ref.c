@@ -20,18 +20,23 @@ static void accum_decoded(float *o, const float *p, int n, const float *v, int n
     }
 }
 
-void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query, const uint8_t *block,
-                         const kvq_kv_shape *sh) {
+void kvq_score_reference(kvq_codec_id id, float *s, const kvq_query *query,
+                         const kvq_blocks *blocks, const kvq_kv_shape *sh) {
     float k[KVQ_BLOCK * KVQ_D_MAX];
-    kvq_codecs[id].decode(k, block, sh);
-    score_decoded(s, query, k, KVQ_BLOCK, sh->d);
+    for (int b = 0; b < blocks->n; b++) {
+        kvq_codecs[id].decode(k, blocks->at[b], sh);
+        score_decoded(s + b * query->n * KVQ_BLOCK, query, k, KVQ_BLOCK, sh->d);
+    }
 }
 
-void kvq_accum_reference(kvq_codec_id id, float *o, const kvq_weights *weights, const uint8_t *block,
-                         const kvq_kv_shape *sh) {
+void kvq_accum_reference(kvq_codec_id id, float *o, const kvq_weights *weights,
+                         const kvq_blocks *blocks, const kvq_kv_shape *sh) {
     float v[KVQ_BLOCK * KVQ_D_MAX];
-    kvq_codecs[id].decode(v, block, sh);
-    accum_decoded(o, weights->p, weights->n, v, KVQ_BLOCK, sh->d);
+    for (int b = 0; b < blocks->n; b++) {
+        const float *const p = weights->p + b * weights->n * KVQ_BLOCK;
+        kvq_codecs[id].decode(v, blocks->at[b], sh);
+        accum_decoded(o, p, weights->n, v, KVQ_BLOCK, sh->d);
+    }
 }
 
 void kvq_score_rows_reference(float *s, const kvq_query *query, const uint16_t *rows, int n_rows,
