@@ -67,7 +67,8 @@ typedef struct work {
     int n_blocks, n;            /* n: queries */
     _Alignas(KVQ_ALIGN) float q[MOST_QUERIES * KVQ_D_MAX], o[MOST_QUERIES * KVQ_D_MAX];
     _Alignas(KVQ_ALIGN) float s[SCORES], p[SCORES];
-    float sum[MOST_QUERIES];
+    int16_t q16[MOST_QUERIES * KVQ_D_MAX];
+    float q_unit[MOST_QUERIES], sum[MOST_QUERIES];
 } work;
 
 static kvq_blocks blocks_at(const work *w, int first) {
@@ -77,7 +78,7 @@ static kvq_blocks blocks_at(const work *w, int first) {
 }
 
 static void run_score(work *w) {
-    const kvq_query query = {w->q, w->n};
+    const kvq_query query = {w->q, w->q16, w->q_unit, w->n};
     for (int b = 0; b < w->n_blocks; b += KVQ_BLOCKS_AT_ONCE) {
         const kvq_blocks blocks = blocks_at(w, b);
         w->isa->score[w->id](w->s, &query, &blocks, &w->shape);
@@ -126,6 +127,7 @@ static void open_work(work *w, const kvq_isa *isa, kvq_codec_id id, bool wide, i
     w->blocks = allocate(bytes ? bytes : w->block_bytes);
     for (int i = 0; i < KVQ_BLOCK * d; i++) w->rows[i] = kvq_f32_to_f16(noise(&state));
     for (int i = 0; i < MOST_QUERIES * d; i++) w->q[i] = noise(&state);
+    kvq_query_round(w->q16, w->q_unit, w->q, MOST_QUERIES, d);
     for (int i = 0; i < SCORES; i++) w->p[i] = 0.01f * fabsf(noise(&state));
     for (int i = 0; i < MOST_QUERIES; i++) w->sum[i] = 1;
     kvq_codecs[id].encode(w->blocks, w->rows, &w->shape);

@@ -237,15 +237,16 @@ ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 
 enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
 
-/* A query meets the scales of a block's channels once, then works in integers, group by group:
+/* A query, which comes in 16 bits, meets the scales of a block's channels once, then works in 8 bits,
+ * group by group:
  *     x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] - middle * sum of q),
  *     unit * q[c] ~ x[c] * b[c]
  * Rounding q to 8 bits adds an error some twenty times below that of 2-bit codes themselves. */
 typedef struct u_query {
     _Alignas(KVQ_ALIGN) int8_t q[KVQ_D_MAX]; /* zeros beyond d */
     float at_mean;
-    float unit[U_MOST_GROUPS], inverse[U_MOST_GROUPS]; /* inverse: of the unit of x[c] * code of b */
-    float zero[U_MOST_GROUPS];                         /* unit * -middle * sum of q */
+    float unit[U_MOST_GROUPS], zero[U_MOST_GROUPS]; /* zero: unit * -middle * sum of q */
+    int32_t factor[U_MOST_GROUPS]; /* q = x16 * b / 256 * factor / 32768, rounded twice */
 } u_query;
 
 /* kvq_u_means without its division where the head is one group: all else would wait for that. */
@@ -254,65 +255,74 @@ KV_INLINE size_t u_means(const kvq_kv_shape *sh) {
     return sh->group == sh->d ? kvq_u_means(&one_group) : kvq_u_means(sh);
 }
 
-/* The units of queries on a block, and their products with its mean. */
-KV_INLINE void u_measure(const int nq, u_query *u, const float *x, const uint8_t *block,
+/* The units of queries on a block, and their products with its mean. What is read beyond d is of the
+ * block, and met by zeros. */
+KV_INLINE void u_measure(const int nq, u_query *u, const kvq_query *query, const uint8_t *block,
                          const kvq_kv_shape *sh) {
-    const int d = sh->d, group = sh->group;
+    const int d = sh->d, group = sh->group, stride = kvq_x16_stride(d);
     const int8_t *const means = (const int8_t *)block + u_means(sh);
     const uint8_t *const channels = block + u_means(sh) + d;
-    const vf mean_unit = vf_set_half(block);
-    const vf channel_unit = vf_mul(vf_set_half(block + 4), vf_set(1.0f / 127));
-    float unit[4], inverse[4], of_mean[4];
-    vf at_mean[KV_QUERIES];
-    for (int i = 0; i < KV_QUERIES; i++) at_mean[i] = vf_zero();
+    const vf x_unit = vf_load_first(query->unit, nq);
+    const vf mean_unit = vf_mul(vf_set_half(block), x_unit);
+    const vf channel_unit = vf_mul(vf_set_half(block + 4), x_unit);
+    float of_mean[4];
+    vi at_mean[KV_QUERIES];
+    vf product[KV_QUERIES];
+    for (int i = 0; i < KV_QUERIES; i++) at_mean[i] = vi_zero();
     for (int g = 0, first = 0; first < d; g++, first += group) {
-        vf top[KV_QUERIES];
-        for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
-        for (int c = first; c < first + group; c += VF_LANES) {
-            const vf scale = vf_load_u8(channels + c), mean = vf_load_i8(means + c);
+        float unit[4];
+        int32_t factor[VF_LANES];
+        vi top[KV_QUERIES];
+        vf larger[KV_QUERIES];
+        for (int i = 0; i < KV_QUERIES; i++) top[i] = vi_zero();
+        for (int c = first; c < first + group; c += VS_LANES) {
+            const vi scale = vs_load_u8_times_128(channels + c), mean = vs_load_i8(means + c);
             KV_EACH(i, nq) {
-                const vf of_query = vf_load(x + i * d + c);
-                top[i] = vf_max_abs(top[i], vf_mul(of_query, scale));
-                at_mean[i] = vf_fma(of_query, mean, at_mean[i]);
+                const vi x = vs_load(query->x16 + i * stride + c);
+                top[i] = vs_max_abs(top[i], vs_mul(x, scale));
+                at_mean[i] = vi_dot16(at_mean[i], x, mean);
             }
         }
-        const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE));
-        vf_store_four(inverse, vf_div(vf_set(127.0f), largest));
-        vf_store_four(unit, vf_mul(largest, channel_unit));
+        for (int i = 0; i < KV_QUERIES; i++) larger[i] = vs_top(top[i]);
+        /* The largest becomes 127, unless it is so small that 16 bits are all that it has. */
+        const vf largest = vf_max(vf_largests(larger), vf_set(128.0f));
+        const vi rounded = vi_from_vf(vf_div(vf_set(127 * 32768.0f), largest));
+        vi_store(factor, rounded);
+        vf_store_four(unit, vf_mul(vf_div(vf_set(256 * 32768.0f), vf_from_vi(rounded)),
+                                   channel_unit));
         KV_EACH(i, nq) {
-            u[i].inverse[g] = inverse[i];
+            u[i].factor[g] = factor[i];
             u[i].unit[g] = unit[i];
         }
     }
-    vf_store_four(of_mean, vf_mul(vf_sums(at_mean), mean_unit));
+    for (int i = 0; i < KV_QUERIES; i++) product[i] = vf_from_vi(at_mean[i]);
+    vf_store_four(of_mean, vf_mul(vf_sums(product), mean_unit));
     KV_EACH(i, nq) u[i].at_mean = of_mean[i];
 }
 
-/* Queries in integers, once they are measured. */
-KV_INLINE void u_round(const int nq, u_query *u, const float *x, const uint8_t *block, float middle,
-                       const kvq_kv_shape *sh) {
-    const int d = sh->d, group = sh->group;
+/* Queries in 8 bits, once they are measured. */
+KV_INLINE void u_round(const int nq, u_query *u, const kvq_query *query, const uint8_t *block,
+                       float middle, const kvq_kv_shape *sh) {
+    const int d = sh->d, group = sh->group, stride = kvq_x16_stride(d);
     const uint8_t *const channels = block + u_means(sh) + d;
     float sums[4];
     for (int g = 0, first = 0; first < d; g++, first += group) {
         vf sum[KV_QUERIES];
-        vi q_sum[KV_QUERIES];
+        vi q_sum[KV_QUERIES], factor[KV_QUERIES];
         for (int i = 0; i < KV_QUERIES; i++) q_sum[i] = vi_zero();
-        for (int c = first; c < first + group; c += VF_LANES) {
-            const vf scale = vf_load_u8(channels + c);
+        KV_EACH(i, nq) factor[i] = vi_set16((int16_t)u[i].factor[g]);
+        for (int c = first; c < first + group; c += VS_LANES) {
+            const vi scale = vs_load_u8_times_128(channels + c);
             KV_EACH(i, nq) {
-                const vf product = vf_mul(vf_load(x + i * d + c), scale);
-                const vi rounded = vi_from_vf(vf_mul(product, vf_set(u[i].inverse[g])));
-                q_sum[i] = vi_add(q_sum[i], rounded);
-                vi_store_i8(u[i].q + c, rounded);
+                const vi product = vs_mul(vs_load(query->x16 + i * stride + c), scale);
+                const vi rounded = vs_mul(product, factor[i]);
+                q_sum[i] = vi_dot16(q_sum[i], rounded, vi_set16(1));
+                vs_store_i8(u[i].q + c, rounded);
             }
         }
         for (int i = 0; i < KV_QUERIES; i++) sum[i] = vf_from_vi(q_sum[i]);
         vf_store_four(sums, vf_sums(sum));
         KV_EACH(i, nq) u[i].zero[g] = u[i].unit[g] * -middle * sums[i];
-    }
-    KV_EACH(i, nq) {
-        for (int c = d; c % 32; c++) u[i].q[c] = 0;
     }
 }
 
@@ -370,12 +380,14 @@ KV_INLINE void u_score(const int nq, const int bits, float *s, const u_query *u,
     }
 }
 
-KV_INLINE void score_u_group(const int nq, const int bits, float *s, size_t stride, const float *x,
-                             const kvq_blocks *blocks, const kvq_kv_shape *sh) {
+KV_INLINE void score_u_group(const int nq, const int bits, float *s, size_t stride,
+                             const kvq_query *query, int first, const kvq_blocks *blocks,
+                             const kvq_kv_shape *sh) {
+    const kvq_query few = kvq_query_from(query, first, nq, sh->d);
     const float middle = 0.5f * (float)((1 << bits) - 1);
     u_query u[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
-    for (int b = 0; b < blocks->n; b++) u_measure(nq, u[b], x, blocks->at[b], sh);
-    for (int b = 0; b < blocks->n; b++) u_round(nq, u[b], x, blocks->at[b], middle, sh);
+    for (int b = 0; b < blocks->n; b++) u_measure(nq, u[b], &few, blocks->at[b], sh);
+    for (int b = 0; b < blocks->n; b++) u_round(nq, u[b], &few, blocks->at[b], middle, sh);
     for (int b = 0; b < blocks->n; b++, s += stride) {
         u_score(nq, bits, s, u[b], blocks->at[b], sh);
     }
@@ -388,7 +400,7 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, size_t stri
         KV_IN_GROUPS(query->n, U_GROUP_##BITS);                                                    \
     }
 #define U_GROUP(NQ, BITS, FIRST)                                                                   \
-    score_u_group(NQ, BITS, s + (FIRST) * KVQ_BLOCK, stride, query->x + (FIRST) * sh->d, blocks, sh)
+    score_u_group(NQ, BITS, s + (FIRST) * KVQ_BLOCK, stride, query, FIRST, blocks, sh)
 #define U_GROUP_1(NQ, FIRST) U_GROUP(NQ, 1, FIRST)
 #define U_GROUP_2(NQ, FIRST) U_GROUP(NQ, 2, FIRST)
 #define U_GROUP_4(NQ, FIRST) U_GROUP(NQ, 4, FIRST)

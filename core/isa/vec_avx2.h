@@ -11,6 +11,7 @@
 
 #define VF_LANES 8 /* f32 in a vector */
 #define VF_REGISTERS 16
+#define VS_LANES (2 * VF_LANES) /* i16 in a vector */
 
 typedef __m256 vf;
 typedef __m256i vi;
@@ -248,6 +249,27 @@ static inline vf vf_max_abs(vf a, vf b) { /* the larger of magnitudes, for a >= 
 static inline vf vf_load_first(const float *p, int n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(vi_set(n), lane));
+}
+
+/* 16 i16: a query in 16 bits. vs_mul: a * b / 2^15, rounded. vs_top: of each two lanes, none of them
+ * negative, the larger. vs_store_i8: the low byte of each lane. */
+static inline void vi_store(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
+static inline vi vs_load(const int16_t *p) { return vi_load(p); }
+static inline vi vs_load_i8(const int8_t *p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+}
+static inline vi vs_load_u8_times_128(const uint8_t *p) {
+    return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+}
+static inline vi vs_mul(vi a, vi b) { return _mm256_mulhrs_epi16(a, b); }
+static inline vi vs_max_abs(vi top, vi a) { return _mm256_max_epi16(top, _mm256_abs_epi16(a)); }
+static inline vf vs_top(vi top) {
+    const __m256i larger = _mm256_max_epi16(top, _mm256_srli_epi32(top, 16));
+    return vf_from_vi(_mm256_and_si256(larger, vi_set(0xffff)));
+}
+static inline void vs_store_i8(int8_t *p, vi a) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, a), 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(bytes));
 }
 
 /* Of four vectors, the sum or the largest of all lanes of each, in the first four lanes; zeros in

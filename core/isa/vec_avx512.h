@@ -11,6 +11,7 @@
 
 #define VF_LANES 16 /* f32 in a vector */
 #define VF_REGISTERS 32
+#define VS_LANES (2 * VF_LANES)
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -83,7 +84,11 @@ static inline vb vb_and(vb a, vb b) { return _mm512_and_si512(a, b); }
 static inline vi vi_set16(int16_t x) { return _mm512_set1_epi16(x); }
 static inline vi vi_sub16(vi a, vi b) { return _mm512_sub_epi16(a, b); }
 static inline vi vi_mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
-static inline vi vi_dot16(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
+static inline vi vi_dot16(vi sum, vi a, vi b) {
+    sum = _mm512_dpwssd_epi32(sum, a, b);
+    __asm__("" : "+v"(sum)); /* else gcc copies it */
+    return sum;
+}
 #define vi_shr16(a, n) _mm512_srli_epi16(a, n)
 static inline vi vi_low16(vi a) { /* the low one, twice */
     return _mm512_or_si512(_mm512_slli_epi32(a, 16), _mm512_and_si512(a, vi_set(0xffff)));
@@ -234,6 +239,25 @@ VF_OF_EACH(vf_largests, max_ps)
 static inline void vf_store_four(float *p, vf a) { _mm_storeu_ps(p, _mm512_castps512_ps128(a)); }
 static inline unsigned vf_negative(vf a) { /* a bit for each lane */
     return _mm512_movepi32_mask(_mm512_castps_si512(a));
+}
+
+/* 32 i16, as in vec_avx2.h. */
+static inline void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+static inline vi vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
+static inline vi vs_load_i8(const int8_t *p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline vi vs_load_u8_times_128(const uint8_t *p) {
+    return _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)), 7);
+}
+static inline vi vs_mul(vi a, vi b) { return _mm512_mulhrs_epi16(a, b); }
+static inline vi vs_max_abs(vi top, vi a) { return _mm512_max_epi16(top, _mm512_abs_epi16(a)); }
+static inline vf vs_top(vi top) {
+    const __m512i larger = _mm512_max_epi16(top, _mm512_srli_epi32(top, 16));
+    return vf_from_vi(_mm512_and_si512(larger, vi_set(0xffff)));
+}
+static inline void vs_store_i8(int8_t *p, vi a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8(a));
 }
 
 #define vf_butterfly(a, half) /* as in vec_avx2.h */                                               \

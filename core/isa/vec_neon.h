@@ -153,6 +153,50 @@ static inline vf vf_times_exp2_floor(vf y, vf x) {
 
 /* ---- words of the KV kernels -------------------------------------------------------------- */
 
+/* 16 i16, as in vec_avx2.h. */
+static inline vi vi_set16(int16_t x) {
+    const int32x4_t all = (int32x4_t)vdupq_n_s16(x);
+    return (vi){all, all};
+}
+static inline vi vs_pair(int16x8_t lo, int16x8_t hi) { return (vi){(int32x4_t)lo, (int32x4_t)hi}; }
+static inline void vi_store(int32_t *p, vi a) {
+    vst1q_s32(p, a.lo);
+    vst1q_s32(p + 4, a.hi);
+}
+static inline vi vs_load(const int16_t *p) { return vs_pair(vld1q_s16(p), vld1q_s16(p + 8)); }
+static inline vi vs_load_i8(const int8_t *p) {
+    const int8x16_t bytes = vld1q_s8(p);
+    return vs_pair(vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes));
+}
+static inline vi vs_load_u8_times_128(const uint8_t *p) {
+    const uint8x16_t bytes = vld1q_u8(p);
+    return vs_pair((int16x8_t)vshll_n_u8(vget_low_u8(bytes), 7),
+                   (int16x8_t)vshll_high_n_u8(bytes, 7));
+}
+static inline vi vs_mul(vi a, vi b) {
+    return vs_pair(vqrdmulhq_s16((int16x8_t)a.lo, (int16x8_t)b.lo),
+                   vqrdmulhq_s16((int16x8_t)a.hi, (int16x8_t)b.hi));
+}
+static inline vi vs_max_abs(vi top, vi a) {
+    return vs_pair(vmaxq_s16((int16x8_t)top.lo, vqabsq_s16((int16x8_t)a.lo)),
+                   vmaxq_s16((int16x8_t)top.hi, vqabsq_s16((int16x8_t)a.hi)));
+}
+static inline vf vs_top(vi top) {
+    const int32x4_t low = vdupq_n_s32(0xffff);
+    return (vf){vcvtq_f32_s32(vmaxq_s32(vandq_s32(top.lo, low), vshrq_n_s32(top.lo, 16))),
+                vcvtq_f32_s32(vmaxq_s32(vandq_s32(top.hi, low), vshrq_n_s32(top.hi, 16)))};
+}
+static inline void vs_store_i8(int8_t *p, vi a) {
+    vst1q_s8(p, vcombine_s8(vmovn_s16((int16x8_t)a.lo), vmovn_s16((int16x8_t)a.hi)));
+}
+static inline vi vi_dot16(vi sum, vi a, vi b) {
+    const int16x8_t a_lo = (int16x8_t)a.lo, b_lo = (int16x8_t)b.lo;
+    const int16x8_t a_hi = (int16x8_t)a.hi, b_hi = (int16x8_t)b.hi;
+    sum.lo = vmlal_s16(sum.lo, vget_low_s16(a_lo), vget_low_s16(b_lo));
+    sum.hi = vmlal_s16(sum.hi, vget_low_s16(a_hi), vget_low_s16(b_hi));
+    return (vi){vmlal_high_s16(sum.lo, a_lo, b_lo), vmlal_high_s16(sum.hi, a_hi, b_hi)};
+}
+
 #define VF_OF_EACH(NAME, OP, PAIRS)                                                                \
     static inline vf NAME(const vf a[4]) {                                                         \
         const float32x4_t ab = PAIRS(OP(a[0].lo, a[0].hi), OP(a[1].lo, a[1].hi));                  \
@@ -428,10 +472,6 @@ static inline float vf_quantize32(int16_t *q, const float *p, float factor) {
 static inline vi vi_peak8(vi sum, vb u, vb s) {
     return (vi){vdotq_s32(sum.lo, (int8x16_t)u.lo, (int8x16_t)s.lo),
                 vdotq_s32(sum.hi, (int8x16_t)u.hi, (int8x16_t)s.hi)};
-}
-static inline vi vi_set16(int16_t x) {
-    const int32x4_t all = (int32x4_t)vdupq_n_s16(x);
-    return (vi){all, all};
 }
 /* Sixteen codes times activations in two parts, as in the weight kernels. */
 static inline vi vi_peak16(vi sum, vi codes, vi parts) {

@@ -72,6 +72,8 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     const size_t d = (size_t)a->d, kv_heads = (size_t)a->n_kv_heads, batch = (size_t)n_batch;
     const size_t queries = (size_t)n_heads * batch, tile = (size_t)a->tile * (size_t)a->group;
     a->q = kvq_arena_take(arena, queries * d * sizeof *a->q);
+    a->q16 = kvq_arena_take(arena, queries * (size_t)kvq_x16_stride(a->d) * sizeof *a->q16);
+    a->q_unit = kvq_arena_take(arena, queries * sizeof *a->q_unit);
     a->sink_score = kvq_arena_take(arena, queries * sizeof *a->sink_score);
     for (int side = 0; side < KVQ_SIDES; side++) {
         a->rows[side] = kvq_arena_take(arena, kv_heads * batch * d * sizeof *a->rows[side]);
@@ -139,6 +141,8 @@ static void prepare_token(void *context, int t, int worker) {
         const size_t i = query_index(a, h, t);
         kvq_basis_query(&c->ring->track[KVQ_KEYS][h].basis, a->isa, a->q + i * (size_t)d, a->group,
                         d);
+        kvq_query_round(a->q16 + i * (size_t)kvq_x16_stride(d), a->q_unit + i, a->q + i * (size_t)d,
+                        a->group, d);
         for (int j = 0; j < a->group; j += QUERIES_AT_ONCE) {
             score_sinks(c, h, i + (size_t)j, at_most(QUERIES_AT_ONCE, a->group - j), s);
         }
@@ -344,8 +348,8 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
     const int stop = at_most((segment + 1) * a->segment_blocks, c->n_blocks);
     for (int i = segment * a->segment_blocks; i < stop; i += KVQ_BLOCKS_AT_ONCE) {
         for (int first = 0; first < query->n; first += QUERIES_AT_ONCE) {
-            const kvq_query few = {.x = query->x + (size_t)first * (size_t)d,
-                                   .n = at_most(QUERIES_AT_ONCE, query->n - first)};
+            const int n = at_most(QUERIES_AT_ONCE, query->n - first);
+            const kvq_query few = kvq_query_from(query, first, n, d);
             attend_blocks(c, running_from(r, first, d), m, &few,
                           m->on + first * WAVE_FACTORS, kv_head, i,
                           at_most(KVQ_BLOCKS_AT_ONCE, stop - i), first == 0);
@@ -357,7 +361,10 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
 
 static kvq_query query_of(const kvq_attention *a, int kv_head, int first, int end) {
     const size_t i = query_index(a, kv_head, first);
-    return (kvq_query){.x = a->q + i * (size_t)a->d, .n = (end - first) * a->group};
+    return (kvq_query){.x = a->q + i * (size_t)a->d,
+                       .x16 = a->q16 + i * (size_t)kvq_x16_stride(a->d),
+                       .unit = a->q_unit + i,
+                       .n = (end - first) * a->group};
 }
 
 /* ---- selection of blocks ----------------------------------------------------------------- */

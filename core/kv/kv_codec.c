@@ -5,6 +5,9 @@
  * the codes then chosen with those, without their stretch (kvq_stretch); a trellis is searched
  * first.
  */
+#include <float.h>
+#include <stdbool.h>
+
 #include "kv/kv_codec_parts.h"
 
 void kvq_store_scales(uint8_t *half, uint8_t *codes, float *scale, int n) {
@@ -29,6 +32,27 @@ void kvq_store_mean(uint8_t *half, uint8_t *codes, float *mean, int d) {
         const int code = kvq_clamped(floorf(mean[c] * inverse + 0.5f), -127, 127);
         codes[c] = (uint8_t)code;
         mean[c] = unit * (float)code;
+    }
+}
+
+void kvq_query_round(int16_t *x16, float *unit, const float *x, int n, int d) {
+    const int stride = kvq_x16_stride(d);
+    for (int i = 0; i < n; i++, x += d, x16 += stride) {
+        float largest = 1e-30f;
+        bool finite = true;
+        for (int c = 0; c < d; c++) {
+            const float magnitude = fabsf(x[c]);
+            largest = magnitude > largest ? magnitude : largest;
+            finite &= magnitude <= FLT_MAX;
+        }
+        unit[i] = finite ? largest / 32767.0f : NAN;
+        for (int c = 0; c < stride; c++) {
+            /* the last 16 bits of the sum are the number, rounded */
+            const float sum = (c < d ? x[c] * (32767.0f / largest) : 0.0f) + 12582912.0f;
+            uint32_t bits;
+            memcpy(&bits, &sum, sizeof bits);
+            x16[c] = (int16_t)bits;
+        }
     }
 }
 

@@ -12,9 +12,23 @@
 /* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head) and
  * times log2(e): scores are exponents of 2. */
 typedef struct kvq_query {
-    const float *x; /* [n][d] */
+    const float *x;     /* [n][d] */
+    const int16_t *x16; /* [n][kvq_x16_stride(d)] x ~ unit * x16, for codecs that work in integers */
+    const float *unit;  /* [n] */
     int n;
 } kvq_query;
+
+static inline int kvq_x16_stride(int d) { return (d + 31) / 32 * 32; }
+
+/* Fills x16 and unit of a query of n rows x[n][d], with zeros beyond d. What is no number makes the
+ * unit none. */
+void kvq_query_round(int16_t *x16, float *unit, const float *x, int n, int d);
+
+/* n of the queries, from the first on. */
+static inline kvq_query kvq_query_from(const kvq_query *query, int first, int n, int d) {
+    return (kvq_query){query->x + first * d, query->x16 + first * kvq_x16_stride(d),
+                       query->unit + first, n};
+}
 
 /* Some sealed blocks of one side of a KV head: what a block is waited for, is done for another. */
 enum { KVQ_BLOCKS_AT_ONCE = 4 };

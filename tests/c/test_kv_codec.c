@@ -384,6 +384,14 @@ static const float most_accum_off[KVQ_CODECS] = {
     [KVQ_CODEC_t2] = 7e-4f,  [KVQ_CODEC_n2] = 1e-6f,    [KVQ_CODEC_n3] = 1e-6f,
     [KVQ_CODEC_nf4] = 1e-6f};
 
+/* Queries x[n][d]; their integers live until the next call. */
+static kvq_query query_of(const float *x, int n, int d) {
+    static int16_t x16[MOST_QUERIES * KVQ_D_MAX];
+    static float unit[MOST_QUERIES];
+    kvq_query_round(x16, unit, x, n, d);
+    return (kvq_query){x, x16, unit, n};
+}
+
 /* block and q: memory of just the size that they need. */
 static const char *check_scores(const kvq_isa *isa, codec_case which, int d, int n, uint8_t *block,
                                 float *q) {
@@ -396,7 +404,7 @@ static const char *check_scores(const kvq_isa *isa, codec_case which, int d, int
     test_normals(q, (size_t)(n * d), 7);
     kvq_codecs[id].encode(block, rows, &shape);
     kvq_codecs[id].decode(decoded, block, &shape);
-    const kvq_query query = {.x = q, .n = n};
+    const kvq_query query = query_of(q, n, d);
 
     const kvq_blocks one = {.at = {block}, .n = 1};
 
@@ -535,6 +543,7 @@ static const char *queries_and_blocks_do_not_disturb_each_other(void) {
         for (int t = 0; t < KVQ_BLOCK; t++) p[i][t] = fabsf(p[i][t]);
     }
     for (int i = 0; i < N; i++) sum[i] = (float)(i * i); /* some take more bits */
+    const kvq_query query = query_of(q, N, D);
     for (int k = 0; k < N_CASES; k++) {
         const codec_case c = case_at(k);
         const kvq_kv_shape shape = shape_of(c, D);
@@ -545,15 +554,15 @@ static const char *queries_and_blocks_do_not_disturb_each_other(void) {
             blocks.at[b] = bytes[b];
         }
         float all[N * D] = {0};
-        kvq_run_score(isa, c.id, s[0], &(kvq_query){.x = q, .n = N}, &blocks, &shape);
+        kvq_run_score(isa, c.id, s[0], &query, &blocks, &shape);
         kvq_run_accum(isa, c.id, all, &(kvq_weights){p[0], sum, N}, &blocks, &shape);
         for (int i = 0; i < N; i++) {
+            const kvq_query lonely = kvq_query_from(&query, i, 1, D);
             float alone[D] = {0};
             for (int b = 0; b < B; b++) {
                 const kvq_blocks one = {.at = {bytes[b]}, .n = 1};
                 float scores[KVQ_BLOCK];
-                kvq_run_score(isa, c.id, scores, &(kvq_query){.x = q + i * D, .n = 1}, &one,
-                              &shape);
+                kvq_run_score(isa, c.id, scores, &lonely, &one, &shape);
                 kvq_run_accum(isa, c.id, alone, &(kvq_weights){p[b * N + i], sum + i, 1}, &one, &shape);
                 if (memcmp(scores, s[b * N + i], sizeof scores) != 0) {
                     return TEST_FAIL("%s: the scores of query %d and block %d change alone",
