@@ -73,7 +73,12 @@ typedef struct work {
 
 static kvq_blocks blocks_at(const work *w, int first) {
     kvq_blocks blocks = {.n = KVQ_BLOCKS_AT_ONCE};
-    for (int b = 0; b < blocks.n; b++) blocks.at[b] = w->blocks + (size_t)(first + b) * w->stride;
+    for (int b = 0; b < blocks.n; b++) {
+        blocks.at[b] = w->blocks + (size_t)(first + b) * w->stride;
+        if (first + blocks.n < w->n_blocks) {
+            blocks.ahead[b] = blocks.at[b] + (size_t)blocks.n * w->stride;
+        }
+    }
     return blocks;
 }
 

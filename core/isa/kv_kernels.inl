@@ -34,6 +34,16 @@
         if ((n) - first == 1) FUNCTION(1, first);                                                  \
     } while (0)
 
+KV_INLINE void fetch_lines(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) prefetch_line(p + i);
+}
+
+/* From what is read of a block to the same of the one that is read next; 0, which fetches what is
+ * there, where there is none or other queries of the call have fetched it. */
+KV_INLINE ptrdiff_t to_ahead(const kvq_blocks *blocks, int b, bool first_queries) {
+    return first_queries && blocks->ahead[b] ? blocks->ahead[b] - blocks->at[b] : 0;
+}
+
 /* ---- softmax ------------------------------------------------------------------------------- */
 
 KV_INLINE void softmax_group(const int nq, float *s, size_t stride, float *largest, float *sum,
@@ -210,22 +220,22 @@ static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, in
     accum_rows_any(load_f16, F16_SPAN, o, p, n, bytes, (size_t)d * 2, n_rows, d);
 }
 
-/* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. */
+/* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. Rows are read in their
+ * order, which hardware follows. */
 #define ROW_CODEC(NAME, SPAN, ROW_BYTES)                                                           \
     static void score_##NAME(float *s, const kvq_query *query, const kvq_blocks *blocks,           \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d;                                                                       \
-        for (int b = 0; b < blocks->n; b++) {                                                      \
-            score_rows_any(load_##NAME, SPAN, s + b * query->n * KVQ_BLOCK, query, blocks->at[b],  \
-                           ROW_BYTES, KVQ_BLOCK, d);                                               \
+        for (int b = 0; b < blocks->n; b++, s += query->n * KVQ_BLOCK) {                           \
+            score_rows_any(load_##NAME, SPAN, s, query, blocks->at[b], ROW_BYTES, KVQ_BLOCK, d);   \
         }                                                                                          \
     }                                                                                              \
     static void accum_##NAME(float *o, const kvq_weights *weights, const kvq_blocks *blocks,       \
                              const kvq_kv_shape *sh) {                                             \
         const int d = sh->d, n = weights->n;                                                       \
-        for (int b = 0; b < blocks->n; b++) {                                                      \
-            accum_rows_any(load_##NAME, SPAN, o, weights->p + b * n * KVQ_BLOCK, n, blocks->at[b], \
-                           ROW_BYTES, KVQ_BLOCK, d);                                               \
+        const float *p = weights->p;                                                               \
+        for (int b = 0; b < blocks->n; b++, p += n * KVQ_BLOCK) {                                  \
+            accum_rows_any(load_##NAME, SPAN, o, p, n, blocks->at[b], ROW_BYTES, KVQ_BLOCK, d);    \
         }                                                                                          \
     }
 
@@ -327,7 +337,7 @@ KV_INLINE void u_round(const int nq, u_query *u, const kvq_query *query, const u
 }
 
 KV_INLINE void u_score(const int nq, const int bits, float *s, const u_query *u,
-                       const uint8_t *block, const kvq_kv_shape *sh) {
+                       const uint8_t *block, ptrdiff_t ahead, const kvq_kv_shape *sh) {
     const int n = 32 / bits, fields = 8 / bits, top = (1 << bits) - 1; /* n channels: a word */
     const int span = vd_most(127 * top) / (2 * fields) * n;   /* channels that a sum can take */
     const bool at_once = span >= KVQ_D_MAX;                   /* known: one sum for all of them */
@@ -335,6 +345,7 @@ KV_INLINE void u_score(const int nq, const int bits, float *s, const u_query *u,
     const uint8_t *const codes = block + u_means(sh) + 2 * sh->d;
     const vf token_unit = vf_set(load_half(block + 2));
     const vb low = vb_set(top), next = vb_set(top << bits);
+    fetch_lines(block + ahead, (size_t)(codes - block));
     for (int t = 0; t < KVQ_BLOCK; t += VD_TOKENS * VF_LANES) {
         const uint8_t *word = codes + (size_t)(t / 8) * stride;
         for (int g = 0, c = 0; c < sh->d; g++) {
@@ -348,8 +359,11 @@ KV_INLINE void u_score(const int nq, const int bits, float *s, const u_query *u,
                 for (; c < stop; c += n, word += 32) {
                     vb packed[VD_TOKENS];
                     KV_TOKENS(v) {
-                        packed[v] =
-                            vb_load_tokens(word + (size_t)(v * VF_LANES / 8) * stride, stride);
+                        const uint8_t *const at = word + (size_t)(v * VF_LANES / 8) * stride;
+                        packed[v] = vb_load_tokens(at, stride);
+                        if (c / n % 2) continue; /* two words to a line */
+                        prefetch_line(at + ahead);
+                        if (VF_LANES > 8) prefetch_line(at + stride + ahead);
                     }
                     _Pragma("GCC unroll 4") for (int j = 0; j < fields; j += 2) {
                         vb code[VD_TOKENS][2];
@@ -389,7 +403,7 @@ KV_INLINE void score_u_group(const int nq, const int bits, float *s, size_t stri
     for (int b = 0; b < blocks->n; b++) u_measure(nq, u[b], &few, blocks->at[b], sh);
     for (int b = 0; b < blocks->n; b++) u_round(nq, u[b], &few, blocks->at[b], middle, sh);
     for (int b = 0; b < blocks->n; b++, s += stride) {
-        u_score(nq, bits, s, u[b], blocks->at[b], sh);
+        u_score(nq, bits, s, u[b], blocks->at[b], to_ahead(blocks, b, first == 0), sh);
     }
 }
 
@@ -475,12 +489,16 @@ KV_INLINE void round_weights(const int nq, token_weights *weights, const float *
                 const vf weight = vf_load(p + i * KVQ_BLOCK + t + j * VF_LANES);
                 rounded[j] = vi_from_vf(vf_mul(vf_mul(weight, scale[j]), factor));
             }
-            if (in_two >> i & 1) {
-                vi_store_sixes(high, low, rounded);
+#if VW_LOW_BYTES
+            if (!(in_two >> i & 1)) {
+                vi_store_bytes(low, rounded);
+                if (in_two) memset(high, 0, 4 * VF_LANES);
                 continue;
             }
-            for (int j = 0; j < 4; j++) vi_store_i8((int8_t *)low + j * VF_LANES, rounded[j]);
-            if (in_two) memset(high, 0, 4 * VF_LANES);
+#else
+            (void)in_two;
+#endif
+            vi_store_sixes(high, low, rounded);
         }
     }
 }
@@ -572,7 +590,8 @@ KV_INLINE void c8_weigh(const int nq, const bool all_low, float *o, int d, const
 }
 
 KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, size_t stride,
-                              const float *sum, const kvq_blocks *blocks, const kvq_kv_shape *sh) {
+                              const float *sum, const kvq_blocks *blocks, bool first_queries,
+                              const kvq_kv_shape *sh) {
     const int d = sh->d, group = sh->group;
     size_t scales_at = KVQ_C8_SCALES;
     for (int first = 0; first < d; first += group, scales_at += KVQ_BLOCK) {
@@ -580,8 +599,11 @@ KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, size_t str
         const unsigned low = weigh_tokens(nq, weights, p, stride, sum, blocks, scales_at);
         for (int b = 0; b < blocks->n; b++) {
             const uint8_t *const words = blocks->at[b] + kvq_c8_words(sh);
+            const ptrdiff_t ahead = to_ahead(blocks, b, first_queries);
+            fetch_lines(blocks->at[b] + scales_at + ahead, KVQ_BLOCK);
             for (int c = first; c < first + group; c += VF_LANES) {
                 const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
+                if (c % 16 == 0) fetch_lines(at + ahead, 192);
                 if (VW_LOW_BYTES && low >> b & 1)
                     c8_weigh(nq, true, o + c, d, at, weights[b]);
                 else
@@ -596,7 +618,7 @@ static void accum_c8(float *o, const kvq_weights *weights, const kvq_blocks *blo
     const size_t stride = (size_t)weights->n * KVQ_BLOCK;
 #define GROUP(NQ, FIRST)                                                                           \
     accum_c8_group(NQ, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK, stride,              \
-                   weights->sum + (FIRST), blocks, sh)
+                   weights->sum + (FIRST), blocks, (FIRST) == 0, sh)
     KV_IN_GROUPS(weights->n, GROUP);
 #undef GROUP
 }

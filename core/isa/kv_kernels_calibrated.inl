@@ -135,10 +135,13 @@ KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], co
 }
 
 KV_INLINE void mixed_score(const int nq, float *s, const mixed_query *m, const mixed_plane *planes,
-                           size_t stride, const uint8_t *block, const kvq_kv_shape *sh) {
+                           size_t stride, const uint8_t *block, ptrdiff_t ahead,
+                           const kvq_kv_shape *sh) {
+    fetch_lines(block + ahead, kvq_mixed_units_at(sh));
     for (int t = 0; t < KVQ_BLOCK; t += MIXED_TOKENS) {
         const uint8_t *codes = block + kvq_mixed_units_at(sh) + (size_t)(t / 16) * stride;
         vf score[KV_QUERIES][2];
+        fetch_lines(codes + ahead, MIXED_TOKENS / 16 * stride);
         KV_EACH(i, nq) score[i][0] = score[i][1] = vf_set(m[i].at_mean);
         for (int plane = 0; plane < MIXED_PLANES; plane++) {
             const int bits = planes[plane].bits, units = planes[plane].units;
@@ -161,13 +164,15 @@ KV_INLINE void mixed_score(const int nq, float *s, const mixed_query *m, const m
 }
 
 KV_INLINE void score_mixed_group(const int nq, float *s, size_t stride, const float *x,
-                                 const kvq_blocks *blocks, const kvq_kv_shape *sh) {
+                                 const kvq_blocks *blocks, bool first_queries,
+                                 const kvq_kv_shape *sh) {
     mixed_plane planes[MIXED_PLANES];
     mixed_query m[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
     const size_t to_next_tokens = mixed_find_planes(planes, sh) * 32;
     for (int b = 0; b < blocks->n; b++) mixed_prepare(nq, m[b], planes, x, blocks->at[b], sh);
     for (int b = 0; b < blocks->n; b++, s += stride) {
-        mixed_score(nq, s, m[b], planes, to_next_tokens, blocks->at[b], sh);
+        const ptrdiff_t ahead = to_ahead(blocks, b, first_queries);
+        mixed_score(nq, s, m[b], planes, to_next_tokens, blocks->at[b], ahead, sh);
     }
 }
 
@@ -175,7 +180,8 @@ static void score_mixed(float *s, const kvq_query *query, const kvq_blocks *bloc
                         const kvq_kv_shape *sh) {
     const size_t stride = (size_t)query->n * KVQ_BLOCK;
 #define GROUP(NQ, FIRST)                                                                           \
-    score_mixed_group(NQ, s + (FIRST) * KVQ_BLOCK, stride, query->x + (FIRST) * sh->d, blocks, sh)
+    score_mixed_group(NQ, s + (FIRST) * KVQ_BLOCK, stride, query->x + (FIRST) * sh->d, blocks,     \
+                      (FIRST) == 0, sh)
     KV_IN_GROUPS(query->n, GROUP);
 #undef GROUP
 }
@@ -231,15 +237,18 @@ KV_INLINE void trellis_weigh(const int nq, const bool all_low, const int bits, v
 
 KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *level, float *o,
                                    const float *p, size_t stride, const float *sum,
-                                   const kvq_blocks *blocks, int d) {
+                                   const kvq_blocks *blocks, bool first_queries, int d) {
     const vb levels = vb_set16(level);
     token_weights weights[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
     const size_t scales_at = KVQ_T_HEADER - KVQ_BLOCK;
     const unsigned low = weigh_tokens(nq, weights, p, stride, sum, blocks, scales_at);
     for (int b = 0; b < blocks->n; b++) {
         const uint8_t *const words = blocks->at[b] + KVQ_T_HEADER;
+        const ptrdiff_t ahead = to_ahead(blocks, b, first_queries);
+        fetch_lines(blocks->at[b] + ahead, KVQ_T_HEADER);
         for (int c = 0; c < d; c += VF_LANES) {
             const uint8_t *const at = words + (c / 16 * 2 * bits * 16 + c % 16) * 4;
+            if (c % 16 == 0) fetch_lines(at + ahead, (size_t)(8 * bits) * 16);
             if (VW_LOW_BYTES && low >> b & 1)
                 trellis_weigh(nq, true, bits, levels, o + c, d, at, weights[b]);
             else
@@ -256,7 +265,7 @@ KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *l
     }
 #define TRELLIS_GROUP(NQ, BITS, LEVEL, FIRST)                                                      \
     accum_trellis_group(NQ, BITS, LEVEL, o + (FIRST) * sh->d, weights->p + (FIRST) * KVQ_BLOCK,    \
-                        stride, weights->sum + (FIRST), blocks, sh->d)
+                        stride, weights->sum + (FIRST), blocks, (FIRST) == 0, sh->d)
 #define TRELLIS_GROUP_1(NQ, FIRST) TRELLIS_GROUP(NQ, 1, kvq_t1_level, FIRST)
 #define TRELLIS_GROUP_2(NQ, FIRST) TRELLIS_GROUP(NQ, 2, kvq_t2_level, FIRST)
 TRELLIS_CODEC(t1, 1)

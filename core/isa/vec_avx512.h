@@ -364,15 +364,22 @@ static inline vp vp_add_low(const bool two_sums, vp sum, v16 low, vb s0, vb s1) 
 static inline vi vp_total(vp x, vp y) { return vi_add_pairs(vw_total(x), vw_total(y)); }
 static inline vi vp_total_low(vp x, vp y) { return vi_add_pairs(vw_total_low(x), vw_total_low(y)); }
 
-static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
-    /* the packs work in quarters of a vector */
+/* What packs, which work in quarters of a vector, leave in the order of the quarters. */
+static inline __m512i in_order(__m512i packed) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, packed);
+}
+static inline void vi_store_bytes(uint8_t *p, const vi a[4]) {
+    const __m512i first = _mm512_packs_epi32(a[0], a[1]), last = _mm512_packs_epi32(a[2], a[3]);
+    _mm512_storeu_si512(p, in_order(_mm512_packus_epi16(first, last)));
+}
+static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {
     const __m512i first = _mm512_packs_epi32(a[0], a[1]), last = _mm512_packs_epi32(a[2], a[3]);
     const __m512i h = _mm512_packus_epi16(_mm512_srli_epi16(first, 6), _mm512_srli_epi16(last, 6));
     const __m512i l = _mm512_packus_epi16(_mm512_and_si512(first, _mm512_set1_epi16(63)),
                                           _mm512_and_si512(last, _mm512_set1_epi16(63)));
-    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, h));
-    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, l));
+    _mm512_storeu_si512(high, in_order(h));
+    _mm512_storeu_si512(low, in_order(l));
 }
 
 static inline vb vb_load_tokens(const uint8_t *p, size_t stride) {

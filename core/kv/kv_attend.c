@@ -289,42 +289,34 @@ static int block_at(const call *c, int kv_head, int i) {
                        : i;
 }
 
-/* Fetches a block of a side while others are worked on: the hardware does not follow the order in
- * which kernels read a block. */
-static void fetch_block(const call *c, int kv_head, int side, int i) {
-    if (i >= c->n_blocks) return;
-    const uint8_t *const p = kvq_ring_block(c->ring, kv_head, side, block_at(c, kv_head, i));
-    const size_t bytes = c->ring->track[side][kv_head].block_bytes;
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
-    __asm__ volatile(""); /* or gcc deems this function pure and drops the calls */
-}
-
-/* The n blocks of a side from that read i-th on. */
+/* The n blocks of a side from that read i-th on, and those behind them. */
 static kvq_blocks blocks_at(const call *c, int kv_head, int side, int i, int n) {
     kvq_blocks blocks = {.n = n};
     for (int j = 0; j < n; j++) {
+        const int next = i + n + j;
         blocks.at[j] = kvq_ring_block(c->ring, kv_head, side, block_at(c, kv_head, i + j));
+        if (next < c->n_blocks) {
+            blocks.ahead[j] = kvq_ring_block(c->ring, kv_head, side, block_at(c, kv_head, next));
+        }
     }
     return blocks;
 }
 
 /* A few queries of a tile, and the n blocks from that read i-th on. */
 static void attend_blocks(const call *c, running r, const scratch *m, const kvq_query *query,
-                          const float *on, int kv_head, int i, int n, bool fetch) {
+                          const float *on, int kv_head, int i, int n) {
     const kvq_attention *const a = c->a;
     const kvq_track *const keys = &c->ring->track[KVQ_KEYS][kv_head];
     const kvq_track *const values = &c->ring->track[KVQ_VALUES][kv_head];
     const kvq_blocks key_blocks = blocks_at(c, kv_head, KVQ_KEYS, i, n);
     const kvq_blocks value_blocks = blocks_at(c, kv_head, KVQ_VALUES, i, n);
     const kvq_weights weights = {.p = m->s, .sum = r.sum, .n = query->n};
-    for (int j = 0; j < n && fetch; j++) fetch_block(c, kv_head, KVQ_VALUES, i + j);
     kvq_run_score(a->isa, keys->codec, m->s, query, &key_blocks, &keys->shape);
     for (int j = 0; j < n && keys->wave.n; j++) {
         add_waves(a, c->ring, &keys->wave, m->s + j * query->n * KVQ_BLOCK, on, m->turned, query->n,
                   block_at(c, kv_head, i + j));
     }
     weigh(a->isa, r, m->s, query->n, n, a->d);
-    for (int j = 0; j < n && fetch; j++) fetch_block(c, kv_head, KVQ_KEYS, i + n + j);
     kvq_run_accum(a->isa, values->codec, r.o, &weights, &value_blocks, &values->shape);
 }
 
@@ -352,7 +344,7 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
             const kvq_query few = kvq_query_from(query, first, n, d);
             attend_blocks(c, running_from(r, first, d), m, &few,
                           m->on + first * WAVE_FACTORS, kv_head, i,
-                          at_most(KVQ_BLOCKS_AT_ONCE, stop - i), first == 0);
+                          at_most(KVQ_BLOCKS_AT_ONCE, stop - i));
         }
     }
 }

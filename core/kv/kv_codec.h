@@ -34,6 +34,9 @@ static inline kvq_query kvq_query_from(const kvq_query *query, int first, int n,
 enum { KVQ_BLOCKS_AT_ONCE = 4 };
 typedef struct kvq_blocks {
     const uint8_t *at[KVQ_BLOCKS_AT_ONCE];
+    /* Those that are read next, NULL where there is none: kernels fetch them meanwhile, a few lines
+     * at a time, for hardware does not follow the order in which a block is read. */
+    const uint8_t *ahead[KVQ_BLOCKS_AT_ONCE];
     int n;
 } kvq_blocks;
 
