@@ -113,6 +113,7 @@ KV_INLINE vf load_q4_0(const uint8_t *row, int c, int k) {
 }
 
 enum { F16_SPAN = KVQ_D_UNIT, Q8_0_SPAN = 32, Q4_0_SPAN = 32 };
+enum { ROWS_AHEAD = 16 }; /* that are fetched meanwhile: hardware stops where a page ends */
 
 /* A few tokens side by side share what is loaded of the queries, and their sums are taken together.
  */
@@ -146,6 +147,7 @@ KV_INLINE void score_rows_group(const int nq, load_fn *load, const int span, flo
     const int tokens = nq * 4 <= VF_REGISTERS / 2 ? 4 : 2;
     int t = 0;
     for (; t + tokens <= n_rows; t += tokens, rows += (size_t)tokens * row_bytes) {
+        fetch_lines(rows + ROWS_AHEAD * row_bytes, (size_t)tokens * row_bytes);
         score_rows_part(nq, tokens, load, span, s + t, q, rows, row_bytes, d);
     }
     for (; t < n_rows; t++, rows += row_bytes) {
@@ -171,7 +173,11 @@ KV_INLINE void accum_rows_part(const int nq, const int vectors, load_fn *load, c
     KV_EACH(i, nq) {
         for (int v = 0; v < vectors; v++) sum[i][v] = vf_load(o + i * d + c + v * VF_LANES);
     }
+    const size_t of_channel = row_bytes / (size_t)d; /* rounded down: fetches a little less */
+    const size_t at = ROWS_AHEAD * row_bytes + (size_t)c * of_channel;
+    const size_t bytes = (size_t)(vectors * VF_LANES) * of_channel;
     for (int t = 0; t < n_rows; t++, row += row_bytes) {
+        fetch_lines(row + at, bytes);
         vf value[4];
         for (int v = 0; v < vectors; v++) {
             const int k = v * VF_LANES;
@@ -220,8 +226,7 @@ static void accum_rows(float *o, const float *p, int n, const uint16_t *rows, in
     accum_rows_any(load_f16, F16_SPAN, o, p, n, bytes, (size_t)d * 2, n_rows, d);
 }
 
-/* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. Rows are read in their
- * order, which hardware follows. */
+/* score_NAME and accum_NAME of a codec whose block is 64 rows of ROW_BYTES. */
 #define ROW_CODEC(NAME, SPAN, ROW_BYTES)                                                           \
     static void score_##NAME(float *s, const kvq_query *query, const kvq_blocks *blocks,           \
                              const kvq_kv_shape *sh) {                                             \
