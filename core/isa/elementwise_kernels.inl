@@ -1,10 +1,10 @@
-/* elementwise_kernels.inl: powers of 2, and the gate of the feed-forward, in vector words (vec_*.h).
- * Included by isa_*.c with the target switched on.
+/* elementwise_kernels.inl: powers of 2, and the gate of the feed-forward, in vector words
+ * (vec_*.h). Included by isa_*.c with the target switched on.
  */
 
 /* 2^x for x <= 0, relative error below 2e-7 where the result is normal; 1 for 0, 0 for -inf. The
- * fraction's power is a polynomial with the least largest relative error, 8.3e-8, of those of degree
- * 5 that are 1 at 0. */
+ * fraction's power is a polynomial with the least largest relative error, 8.3e-8, of those of
+ * degree 5 that are 1 at 0. */
 static inline vf exp2_of(vf x) {
     const vf r = vf_fraction(x);
     vf y = vf_set(0.00186713028f);

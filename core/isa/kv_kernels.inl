@@ -252,11 +252,10 @@ ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 
 enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
 
-/* A query, which comes in 16 bits, meets the scales of a block's channels once, then works in 8 bits,
- * group by group:
- *     x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] - middle * sum of q),
- *     unit * q[c] ~ x[c] * b[c]
- * Rounding q to 8 bits adds an error some twenty times below that of 2-bit codes themselves. */
+/* A query, which comes in 16 bits, meets the scales of a block's channels once, then works in 8
+ * bits, group by group: x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] -
+ * middle * sum of q), unit * q[c] ~ x[c] * b[c] Rounding q to 8 bits adds an error some twenty
+ * times below that of 2-bit codes themselves. */
 typedef struct u_query {
     _Alignas(KVQ_ALIGN) int8_t q[KVQ_D_MAX]; /* zeros beyond d */
     float at_mean;
@@ -270,8 +269,8 @@ KV_INLINE size_t u_means(const kvq_kv_shape *sh) {
     return sh->group == sh->d ? kvq_u_means(&one_group) : kvq_u_means(sh);
 }
 
-/* The units of queries on a block, and their products with its mean. What is read beyond d is of the
- * block, and met by zeros. */
+/* The units of queries on a block, and their products with its mean. What is read beyond d is of
+ * the block, and met by zeros. */
 KV_INLINE void u_measure(const int nq, u_query *u, const kvq_query *query, const uint8_t *block,
                          const kvq_kv_shape *sh) {
     const int d = sh->d, group = sh->group, stride = kvq_x16_stride(d);
@@ -303,8 +302,8 @@ KV_INLINE void u_measure(const int nq, u_query *u, const kvq_query *query, const
         const vf largest = vf_max(vf_largests(larger), vf_set(128.0f));
         const vi rounded = vi_from_vf(vf_div(vf_set(127 * 32768.0f), largest));
         vi_store(factor, rounded);
-        vf_store_four(unit, vf_mul(vf_div(vf_set(256 * 32768.0f), vf_from_vi(rounded)),
-                                   channel_unit));
+        vf_store_four(unit,
+                      vf_mul(vf_div(vf_set(256 * 32768.0f), vf_from_vi(rounded)), channel_unit));
         KV_EACH(i, nq) {
             u[i].factor[g] = factor[i];
             u[i].unit[g] = unit[i];
@@ -447,8 +446,8 @@ typedef struct token_weights {
 #define KV_BYTES_ENOUGH 16.0f
 #define KV_USUAL_SCALE 128.0f
 
-/* The units of what the tokens weigh for the queries of a group; returns the bits of those that take
- * two planes. */
+/* The units of what the tokens weigh for the queries of a group; returns the bits of those that
+ * take two planes. */
 KV_INLINE unsigned measure_weights(const int nq, token_weights *weights, const float *p,
                                    const float *sum, const uint8_t *scales, float scale_unit) {
     float factor[4], unit[4];
@@ -479,8 +478,8 @@ KV_INLINE unsigned measure_weights(const int nq, token_weights *weights, const f
     return in_two;
 }
 
-/* Weights in integers, once they are measured: queries that are not in_two need the low plane alone,
- * and zeros in the high one only where it is read for another query. */
+/* Weights in integers, once they are measured: queries that are not in_two need the low plane
+ * alone, and zeros in the high one only where it is read for another query. */
 KV_INLINE void round_weights(const int nq, token_weights *weights, const float *p,
                              const uint8_t *scales, const unsigned in_two) {
     for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {

@@ -54,8 +54,8 @@ static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of 
     return _mm256_blendv_ps(no, yes, x);
 }
 
-/* x - floor(x), of which anything for -inf, and y * 2^floor(x) for x <= 0 and y in 1..2: exactly 0 for
- * x = -inf and, unless there is gradual underflow, for x < -126. */
+/* x - floor(x), of which anything for -inf, and y * 2^floor(x) for x <= 0 and y in 1..2: exactly 0
+ * for x = -inf and, unless there is gradual underflow, for x < -126. */
 static inline vf vf_fraction(vf x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
 static inline vf vf_times_exp2_floor(vf y, vf x) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), 23);
@@ -251,8 +251,8 @@ static inline vf vf_load_first(const float *p, int n) {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(vi_set(n), lane));
 }
 
-/* 16 i16: a query in 16 bits. vs_mul: a * b / 2^15, rounded. vs_top: of each two lanes, none of them
- * negative, the larger. vs_store_i8: the low byte of each lane. */
+/* 16 i16: a query in 16 bits. vs_mul: a * b / 2^15, rounded. vs_top: of each two lanes, none of
+ * them negative, the larger. vs_store_i8: the low byte of each lane. */
 static inline void vi_store(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
 static inline vi vs_load(const int16_t *p) { return vi_load(p); }
 static inline vi vs_load_i8(const int8_t *p) {

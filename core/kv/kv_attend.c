@@ -119,7 +119,8 @@ static void score_sinks(const call *c, int kv_head, size_t i, int n, float *s) {
     for (int j = 0; j < n; j++) {
         a->sink_score[i + (size_t)j] = -INFINITY;
         for (int t = 0; t < sinks; t++) {
-            a->sink_score[i + (size_t)j] = fmaxf(a->sink_score[i + (size_t)j], s[j * KVQ_BLOCK + t]);
+            a->sink_score[i + (size_t)j] =
+                fmaxf(a->sink_score[i + (size_t)j], s[j * KVQ_BLOCK + t]);
         }
     }
 }
@@ -342,9 +343,8 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
         for (int first = 0; first < query->n; first += QUERIES_AT_ONCE) {
             const int n = at_most(QUERIES_AT_ONCE, query->n - first);
             const kvq_query few = kvq_query_from(query, first, n, d);
-            attend_blocks(c, running_from(r, first, d), m, &few,
-                          m->on + first * WAVE_FACTORS, kv_head, i,
-                          at_most(KVQ_BLOCKS_AT_ONCE, stop - i));
+            attend_blocks(c, running_from(r, first, d), m, &few, m->on + first * WAVE_FACTORS,
+                          kv_head, i, at_most(KVQ_BLOCKS_AT_ONCE, stop - i));
         }
     }
 }
@@ -488,8 +488,8 @@ static void attend_part(void *context, int task, int worker) {
     const int kv_head = task / c->segments, segment = task % c->segments;
     const kvq_query query = query_of(a, kv_head, 0, c->n);
     const scratch m = scratch_of(a, worker);
-    attend_segment(c, partial_of(c, kv_head, segment, query.n), &m, &query, kv_head, segment,
-                   0, c->n);
+    attend_segment(c, partial_of(c, kv_head, segment, query.n), &m, &query, kv_head, segment, 0,
+                   c->n);
 }
 
 static void finish_parts(const call *c) {

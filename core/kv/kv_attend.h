@@ -24,9 +24,9 @@ typedef struct kvq_attention {
     int segment_blocks; /* sealed blocks per unit of parallel work */
     int max_segments;
 
-    float *q; /* [n_kv_heads][n_batch][group][d], in the basis, times log2(e) / sqrt(d_head) */
-    int16_t *q16;              /* the same in 16 bits (kvq_query), in units of q_unit */
-    float *q_unit;             /* [n_kv_heads][n_batch][group] */
+    float *q;      /* [n_kv_heads][n_batch][group][d], in the basis, times log2(e) / sqrt(d_head) */
+    int16_t *q16;  /* the same in 16 bits (kvq_query), in units of q_unit */
+    float *q_unit; /* [n_kv_heads][n_batch][group] */
     float *sink_score;         /* [n_kv_heads][n_batch][group] the largest of a query with a sink */
     uint16_t *rows[KVQ_SIDES]; /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
     float *partial;            /* [n_kv_heads][max_segments][tile * group][d + 2] */

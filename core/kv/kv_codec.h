@@ -12,9 +12,10 @@
 /* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head) and
  * times log2(e): scores are exponents of 2. */
 typedef struct kvq_query {
-    const float *x;     /* [n][d] */
-    const int16_t *x16; /* [n][kvq_x16_stride(d)] x ~ unit * x16, for codecs that work in integers */
-    const float *unit;  /* [n] */
+    const float *x; /* [n][d] */
+    const int16_t
+        *x16;          /* [n][kvq_x16_stride(d)] x ~ unit * x16, for codecs that work in integers */
+    const float *unit; /* [n] */
     int n;
 } kvq_query;
 
@@ -43,8 +44,8 @@ typedef struct kvq_blocks {
 /* What the tokens of blocks weigh for n queries. */
 typedef struct kvq_weights {
     const float *p;   /* [blocks][n][KVQ_BLOCK] >= 0 */
-    const float *sum; /* [n] the result will be divided by 1 or by this, if it is larger, or by more:
-                         what matters little beside it may be rounded more */
+    const float *sum; /* [n] the result will be divided by 1 or by this, if it is larger, or by
+                         more: what matters little beside it may be rounded more */
     int n;
 } kvq_weights;
 

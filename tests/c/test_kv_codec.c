@@ -445,8 +445,8 @@ static float weight_of(weighing how, int t, unsigned long long *state) {
 /* How far a sum may be off, of the sum of the magnitudes of its parts. Rounding 64 weights to 1/255
  * of their largest moves it by sqrt(64 / 12) / 255 = 1.1 % of what the largest gives, as a standard
  * deviation, of which five are allowed: where weights are alike, their sum is at least 32 times the
- * largest; a faint block has tokens beside it that weigh 50 times as much as its largest, a late one
- * 100 times, with values half as large as its own. */
+ * largest; a faint block has tokens beside it that weigh 50 times as much as its largest, a late
+ * one 100 times, with values half as large as its own. */
 static float most_off(const kvq_isa *isa, kvq_codec_id id, weighing how) {
     const bool rounds = id == KVQ_CODEC_c8 || id == KVQ_CODEC_t1 || id == KVQ_CODEC_t2;
     const bool bytes = rounds && how != PEAKED && strcmp(isa->name, "avx512") == 0;
@@ -563,7 +563,8 @@ static const char *queries_and_blocks_do_not_disturb_each_other(void) {
                 const kvq_blocks one = {.at = {bytes[b]}, .n = 1};
                 float scores[KVQ_BLOCK];
                 kvq_run_score(isa, c.id, scores, &lonely, &one, &shape);
-                kvq_run_accum(isa, c.id, alone, &(kvq_weights){p[b * N + i], sum + i, 1}, &one, &shape);
+                kvq_run_accum(isa, c.id, alone, &(kvq_weights){p[b * N + i], sum + i, 1}, &one,
+                              &shape);
                 if (memcmp(scores, s[b * N + i], sizeof scores) != 0) {
                     return TEST_FAIL("%s: the scores of query %d and block %d change alone",
                                      case_name(c), i, b);
