@@ -5,9 +5,10 @@
  * reading of plain halves, and mixed is shown twice, without and with channels of 8 bits. Blocks
  * lie one after the other over more memory than the caches hold, as in a long context: an argument
  * gives another size in MiB (the default is 64 per codec), and 0 reads one block again and again,
- * which shows the arithmetic alone. The next block is fetched ahead, as kv_attend.c does: kernels
- * read a block in an order that the hardware does not follow. A codec without a kernel on the
- * instruction set, such as values' codecs for scores, is left out.
+ * which shows the arithmetic alone. Kernels
+ * fetch what they read next, as in attention. Weights are small beside what the result will be
+ * divided by, as most are beside those of sinks. A codec without a kernel on the instruction set,
+ * such as values' codecs for scores, is left out.
  *
  * Time is that of the processor, since others may use it as well. Best of several runs.
  *

@@ -44,6 +44,8 @@ static inline bool kvq_size_add(size_t *out, size_t a, size_t b) {
     return true;
 }
 
+#define KVQ_LOG2_E 1.44269504f /* log2(e) */
+
 #define KVQ_ALIGN 64 /* bytes: a cache line, and the widest vector of any instruction set */
 
 /* Zeroed memory on a KVQ_ALIGN boundary; NULL when there is none. Every allocation of the core goes

@@ -21,7 +21,7 @@ static void swiglu(float *gate, const float *up, size_t n) {
     size_t i = 0;
     for (; i + VF_LANES <= n; i += VF_LANES) {
         const vf x = vf_load(gate + i);
-        const vf e = exp2_of(vf_mul(vf_neg_abs(x), vf_set(1.44269504f))); /* log2(e) */
+        const vf e = exp2_of(vf_mul(vf_neg_abs(x), vf_set(KVQ_LOG2_E)));
         const vf numerator = vf_mul(x, vf_where_negative(x, e, vf_set(1.0f)));
         const vf silu = vf_div(numerator, vf_add(vf_set(1.0f), e));
         vf_store(gate + i, vf_mul(silu, vf_load(up + i)));

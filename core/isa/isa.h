@@ -32,7 +32,7 @@ typedef struct kvq_isa {
     /* A step of an online softmax over the scores s[n_blocks][n][KVQ_BLOCK] of n queries: raises
      * largest[i] to the largest score of query i if that is larger, replaces each score by
      * 2^(score - largest[i]), sum[i] being their sum. A score of -inf gives exactly 0, also where
-     * all are -inf. */
+     * all are -inf; one that is no number makes the sum none. */
     void (*softmax)(float *s, float *largest, float *sum, int n, int n_blocks);
     /* gate[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)) */
     void (*swiglu)(float *gate, const float *up, size_t n);

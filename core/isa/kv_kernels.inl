@@ -173,9 +173,8 @@ KV_INLINE void accum_rows_part(const int nq, const int vectors, load_fn *load, c
     KV_EACH(i, nq) {
         for (int v = 0; v < vectors; v++) sum[i][v] = vf_load(o + i * d + c + v * VF_LANES);
     }
-    const size_t of_channel = row_bytes / (size_t)d; /* rounded down: fetches a little less */
-    const size_t at = ROWS_AHEAD * row_bytes + (size_t)c * of_channel;
-    const size_t bytes = (size_t)(vectors * VF_LANES) * of_channel;
+    const size_t at = ROWS_AHEAD * row_bytes + (size_t)c * row_bytes / (size_t)d;
+    const size_t bytes = (size_t)(vectors * VF_LANES) * row_bytes / (size_t)d;
     for (int t = 0; t < n_rows; t++, row += row_bytes) {
         fetch_lines(row + at, bytes);
         vf value[4];
@@ -251,11 +250,13 @@ ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 /* ---- u1, u2, u4: keys in uniform levels --------------------------------------------------- */
 
 enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
+_Static_assert(VS_LANES <= KVQ_X16_UNIT, "a vector must not reach beyond a query in 16 bits");
 
 /* A query, which comes in 16 bits, meets the scales of a block's channels once, then works in 8
  * bits, group by group: x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] -
- * middle * sum of q), unit * q[c] ~ x[c] * b[c] Rounding q to 8 bits adds an error some twenty
- * times below that of 2-bit codes themselves. */
+ * middle * sum of q) unit * q[c] ~ x[c] * b[c]
+ *
+ * Rounding q to 8 bits adds an error some twenty times below that of 2-bit codes themselves. */
 typedef struct u_query {
     _Alignas(KVQ_ALIGN) int8_t q[KVQ_D_MAX]; /* zeros beyond d */
     float at_mean;
@@ -325,7 +326,8 @@ KV_INLINE void u_round(const int nq, u_query *u, const kvq_query *query, const u
         vi q_sum[KV_QUERIES], factor[KV_QUERIES];
         for (int i = 0; i < KV_QUERIES; i++) q_sum[i] = vi_zero();
         KV_EACH(i, nq) factor[i] = vi_set16((int16_t)u[i].factor[g]);
-        for (int c = first; c < first + group; c += VS_LANES) {
+        const int end = first + group < d ? first + group : stride; /* beyond d are zeros */
+        for (int c = first; c < end; c += VS_LANES) {
             const vi scale = vs_load_u8_times_128(channels + c);
             KV_EACH(i, nq) {
                 const vi product = vs_mul(vs_load(query->x16 + i * stride + c), scale);
@@ -440,9 +442,10 @@ typedef struct token_weights {
 /* Bytes are enough where the largest weight of the block is at most 1 / KV_BYTES_ENOUGH of what the
  * result will be divided by (kvq_weights), with scales that are half of the block's largest.
  * Rounding to 1 / 255 of that weight moves the result by no more than rounding to 1 / 4095 does
- * where one token has all the weight, and what models make of it says so too: up to 1 / 8 it cannot
- * be told from planes of twelve bits everywhere, bytes everywhere double the KL (the table in
- * docs/speed.md). The choice depends on one query only, not on what else is computed. */
+ * where one token has all the weight and values are alike in size. On models, whose sinks have much
+ * weight and small values, it adds a third to the KL of planes of twelve bits everywhere, bytes
+ * everywhere more than double it (the table in docs/speed.md). The choice depends on what one query
+ * has met up to these blocks, not on what else is computed. */
 #define KV_BYTES_ENOUGH 16.0f
 #define KV_USUAL_SCALE 128.0f
 

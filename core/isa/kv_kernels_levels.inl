@@ -57,7 +57,6 @@ KV_INLINE void accum_levels_group(const int nq, load_fn *load, float *o, const f
         const size_t row_bytes = (size_t)(d / 8 * (BITS));                                         \
         for (int b = 0; b < blocks->n; b++, s += query->n * KVQ_BLOCK) {                           \
             const uint8_t *const block = blocks->at[b];                                            \
-            fetch_lines(block + to_ahead(blocks, b, true), KVQ_N_HEADER + KVQ_BLOCK * row_bytes);  \
             KV_IN_GROUPS(query->n, LEVELS_SCORE);                                                  \
         }                                                                                          \
     }                                                                                              \
@@ -69,7 +68,6 @@ KV_INLINE void accum_levels_group(const int nq, load_fn *load, float *o, const f
         const float *p = weights->p;                                                               \
         for (int b = 0; b < blocks->n; b++, p += weights->n * KVQ_BLOCK) {                         \
             const uint8_t *const block = blocks->at[b];                                            \
-            fetch_lines(block + to_ahead(blocks, b, true), KVQ_N_HEADER + KVQ_BLOCK * row_bytes);  \
             KV_IN_GROUPS(weights->n, LEVELS_ACCUM);                                                \
         }                                                                                          \
     }

@@ -42,11 +42,6 @@ static inline float vf_sum(vf a) { /* of all lanes */
 }
 
 static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
-static inline float vf_largest(vf a) { /* of all lanes */
-    const __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
-}
 
 static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 static inline vf vf_neg_abs(vf a) { return _mm256_or_ps(a, vf_set(-0.0f)); }
@@ -60,8 +55,8 @@ static inline vf vf_fraction(vf x) { return _mm256_sub_ps(x, _mm256_floor_ps(x))
 static inline vf vf_times_exp2_floor(vf y, vf x) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), 23);
     const __m256i product = _mm256_add_epi32(_mm256_castps_si256(y), exponent);
-    const __m256 normal = _mm256_cmp_ps(x, vf_set(-126.0f), _CMP_GE_OQ);
-    return _mm256_and_ps(_mm256_castsi256_ps(product), normal);
+    const __m256 too_small = _mm256_cmp_ps(x, vf_set(-126.0f), _CMP_LT_OQ); /* no NaN is */
+    return _mm256_andnot_ps(too_small, _mm256_castsi256_ps(product));
 }
 
 /* table[index & 7] in each lane: a codebook of 8 entries */
@@ -74,12 +69,6 @@ static inline vf vf_lookup16(vf low, vf high, vi index) {
 }
 
 static inline vi vi_from_vf(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest even */
-static inline void vi_store_i8(int8_t *p,
-                               vi a) { /* the low byte of each lane; lanes in -128..127 */
-    const __m128i words =
-        _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
-}
 static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
 static inline vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
@@ -252,7 +241,7 @@ static inline vf vf_load_first(const float *p, int n) {
 }
 
 /* 16 i16: a query in 16 bits. vs_mul: a * b / 2^15, rounded. vs_top: of each two lanes, none of
- * them negative, the larger. vs_store_i8: the low byte of each lane. */
+ * them negative, the larger. vs_store_i8: lanes in -128 .. 127 as bytes. */
 static inline void vi_store(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
 static inline vi vs_load(const int16_t *p) { return vi_load(p); }
 static inline vi vs_load_i8(const int8_t *p) {

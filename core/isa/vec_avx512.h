@@ -44,7 +44,6 @@ static inline vf vf_from_f16_low(vi a) { /* the f16 in the low half of each lane
 }
 static inline float vf_first(vf a) { return _mm512_cvtss_f32(a); } /* lane 0 */
 static inline float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
-static inline float vf_largest(vf a) { return _mm512_reduce_max_ps(a); }
 
 /* x - floor(x), and y * 2^floor(x) with gradual underflow; as in vec_avx2.h */
 static inline vf vf_fraction(vf x) {
@@ -207,9 +206,6 @@ static inline vf vf_load_first(const float *p, int n) { /* the first n, zeros in
     return _mm512_maskz_loadu_ps(mask, p);
 }
 static inline vi vi_from_vf(vf a) { return _mm512_cvtps_epi32(a); } /* to nearest even */
-static inline void vi_store_i8(int8_t *p, vi a) {                   /* the low byte of each lane */
-    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a));
-}
 static inline vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 #define vi_shl(a, n) _mm512_slli_epi32(a, n)
 static inline vb vb_load(const void *p) { return _mm512_loadu_si512(p); }

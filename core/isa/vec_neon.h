@@ -12,6 +12,7 @@
 
 #define VF_LANES 8      /* f32 in a vector */
 #define VF_REGISTERS 16 /* vectors that fit the 32 registers */
+#define VS_LANES (2 * VF_LANES)
 
 typedef struct vf {
     float32x4_t lo, hi;
@@ -41,7 +42,6 @@ static inline vf vf_fma(vf a, vf b, vf c) { /* a * b + c */
 }
 static inline float vf_first(vf a) { return vgetq_lane_f32(a.lo, 0); } /* lane 0 */
 static inline float vf_sum(vf a) { return vaddvq_f32(vaddq_f32(a.lo, a.hi)); }
-static inline float vf_largest(vf a) { return vmaxvq_f32(vmaxq_f32(a.lo, a.hi)); }
 
 static inline vi vi_set(int32_t x) { return (vi){vdupq_n_s32(x), vdupq_n_s32(x)}; }
 static inline vi vi_zero(void) { return vi_set(0); }
@@ -115,10 +115,6 @@ static inline vf vf_load_u8(const uint8_t *p) { return vf_from_vi(vi_load_u8(p))
 static inline vf vf_load_i8(const int8_t *p) {
     return vf_from_vi(vi_from_halves(vmovl_s8(vld1_s8(p))));
 }
-static inline void vi_store_i8(int8_t *p,
-                               vi a) { /* the low byte of each lane; lanes in -128..127 */
-    vst1_s8(p, vqmovn_s16(vqmovn_high_s32(vqmovn_s32(a.lo), a.hi)));
-}
 static inline vf vf_load_first(const float *p, int n) { /* the first n, zeros in the other lanes */
     float first[8] = {0};
     if (n >= 8) return vf_load(p);
@@ -144,8 +140,8 @@ static inline vf vf_fraction(vf x) {
 }
 static inline float32x4_t four_times_exp2_floor(float32x4_t y, float32x4_t x) {
     const int32x4_t exponent = vshlq_n_s32(vcvtmq_s32_f32(x), 23);
-    const uint32x4_t normal = vcgeq_f32(x, vdupq_n_f32(-126.0f));
-    return (float32x4_t)vandq_s32(vaddq_s32((int32x4_t)y, exponent), (int32x4_t)normal);
+    const uint32x4_t too_small = vcltq_f32(x, vdupq_n_f32(-126.0f)); /* no NaN is */
+    return (float32x4_t)vbicq_s32(vaddq_s32((int32x4_t)y, exponent), (int32x4_t)too_small);
 }
 static inline vf vf_times_exp2_floor(vf y, vf x) {
     return (vf){four_times_exp2_floor(y.lo, x.lo), four_times_exp2_floor(y.hi, x.hi)};
@@ -159,9 +155,9 @@ static inline vi vi_set16(int16_t x) {
     return (vi){all, all};
 }
 static inline vi vs_pair(int16x8_t lo, int16x8_t hi) { return (vi){(int32x4_t)lo, (int32x4_t)hi}; }
-static inline void vi_store(int32_t *p, vi a) {
+static inline void vi_store(void *p, vi a) {
     vst1q_s32(p, a.lo);
-    vst1q_s32(p + 4, a.hi);
+    vst1q_s32((int32_t *)p + 4, a.hi);
 }
 static inline vi vs_load(const int16_t *p) { return vs_pair(vld1q_s16(p), vld1q_s16(p + 8)); }
 static inline vi vs_load_i8(const int8_t *p) {
@@ -189,6 +185,7 @@ static inline vf vs_top(vi top) {
 static inline void vs_store_i8(int8_t *p, vi a) {
     vst1q_s8(p, vcombine_s8(vmovn_s16((int16x8_t)a.lo), vmovn_s16((int16x8_t)a.hi)));
 }
+/* Sums other pairs into a lane than vec_avx2.h does; those of all lanes come to the same. */
 static inline vi vi_dot16(vi sum, vi a, vi b) {
     const int16x8_t a_lo = (int16x8_t)a.lo, b_lo = (int16x8_t)b.lo;
     const int16x8_t a_hi = (int16x8_t)a.hi, b_hi = (int16x8_t)b.hi;

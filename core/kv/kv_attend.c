@@ -9,8 +9,6 @@
 
 #include <math.h>
 
-#define LOG2_E 1.44269504f
-
 enum {
     TILE_QUERIES = 32, /* queries that are worked on together, while blocks are near */
     SEGMENT_BLOCKS = 16,
@@ -19,6 +17,8 @@ enum {
     MOST_SEGMENTS = 32,           /* of sealed blocks */
     WAVE_FACTORS = 2 * KVQ_WAVES, /* of a query */
 };
+
+_Static_assert(SCORES_AT_ONCE >= KVQ_D_MAX, "prepare_token puts one vector where scores are");
 
 static int at_least(int a, int b) { return a > b ? a : b; }
 static int at_most(int a, int b) { return a < b ? a : b; }
@@ -109,7 +109,8 @@ static uint16_t *new_row(const kvq_attention *a, int side, int kv_head, int t) {
     return a->rows[side] + row * (size_t)a->d;
 }
 
-/* Of each of the n queries from index i on, the largest score with a sink; -inf without one. */
+/* Of each of the n queries from index i on, the largest score with a sink, of the first KVQ_BLOCK;
+ * -inf without one. */
 static void score_sinks(const call *c, int kv_head, size_t i, int n, float *s) {
     kvq_attention *const a = c->a;
     const int sinks = at_most(at_most(c->ring->sinks, c->ring->n), KVQ_BLOCK);
@@ -130,7 +131,7 @@ static void prepare_token(void *context, int t, int worker) {
     const call *const c = context;
     kvq_attention *const a = c->a;
     const int d = a->d, d_head = a->d_head;
-    const float factor = LOG2_E / sqrtf((float)d_head);
+    const float factor = KVQ_LOG2_E / sqrtf((float)d_head);
     float *const s = scratch_of(a, worker).s; /* for one padded vector, too */
     for (int h = 0; h < a->n_heads; h++) {
         const size_t i = query_index(a, h / a->group, t) + (size_t)(h % a->group);
@@ -142,8 +143,10 @@ static void prepare_token(void *context, int t, int worker) {
         const size_t i = query_index(a, h, t);
         kvq_basis_query(&c->ring->track[KVQ_KEYS][h].basis, a->isa, a->q + i * (size_t)d, a->group,
                         d);
-        kvq_query_round(a->q16 + i * (size_t)kvq_x16_stride(d), a->q_unit + i, a->q + i * (size_t)d,
-                        a->group, d);
+        if (kvq_codec_reads_x16(c->ring->track[KVQ_KEYS][h].codec)) {
+            kvq_query_round(a->q16 + i * (size_t)kvq_x16_stride(d), a->q_unit + i,
+                            a->q + i * (size_t)d, a->group, d);
+        }
         for (int j = 0; j < a->group; j += QUERIES_AT_ONCE) {
             score_sinks(c, h, i + (size_t)j, at_most(QUERIES_AT_ONCE, a->group - j), s);
         }
@@ -330,8 +333,8 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
         attend_row_segment(c, r, m->s, query, kv_head, tile_first, tile_end);
         return;
     }
-    /* From the sinks' scores on, which are in the result, too: with models' attention hardly any
-     * score is larger, and weights are small beside what the result is divided by. */
+    /* Weights are relative to the largest score with a sink until there is a larger one, which is
+     * seldom: most models attend to their sinks most. Any reference gives the same result. */
     const float *const sink_score = a->sink_score + query_index(a, kv_head, tile_first);
     memcpy(r.largest, sink_score, (size_t)query->n * sizeof *r.largest);
     const kvq_wave *const wave = &c->ring->track[KVQ_KEYS][kv_head].wave;

@@ -1,7 +1,7 @@
 /* kv_attend.h: causal attention of a pass's new tokens over one layer's ring, and over themselves.
  *
  * The cache is never expanded: scores are taken on the codes of sealed blocks, values are summed
- * from them. Softmax is online, block by block. Owns the scratch it works in; knows no layer and no
+ * from them. Softmax is online, a few blocks at a time. Owns the scratch it works in; knows no layer and no
  * model. Called by forward.c.
  */
 #ifndef KVQ_KV_ATTEND_H

@@ -7,19 +7,28 @@
 #ifndef KVQ_KV_CODEC_H
 #define KVQ_KV_CODEC_H
 
+#include <stdbool.h>
+
 #include "kv/kv_format.h"
 
 /* Queries of one KV head, in the basis of its keys, already divided by sqrt(width of a head) and
  * times log2(e): scores are exponents of 2. */
 typedef struct kvq_query {
     const float *x; /* [n][d] */
-    const int16_t
-        *x16;          /* [n][kvq_x16_stride(d)] x ~ unit * x16, for codecs that work in integers */
+    /* [n][kvq_x16_stride(d)] x ~ unit * x16, where kvq_codec_reads_x16 of the keys' codec */
+    const int16_t *x16;
     const float *unit; /* [n] */
     int n;
 } kvq_query;
 
-static inline int kvq_x16_stride(int d) { return (d + 31) / 32 * 32; }
+#define KVQ_X16_UNIT 32 /* as many as the widest vector holds */
+static inline int kvq_x16_stride(int d) {
+    return (d + KVQ_X16_UNIT - 1) / KVQ_X16_UNIT * KVQ_X16_UNIT;
+}
+
+static inline bool kvq_codec_reads_x16(kvq_codec_id id) {
+    return id == KVQ_CODEC_u1 || id == KVQ_CODEC_u2 || id == KVQ_CODEC_u4;
+}
 
 /* Fills x16 and unit of a query of n rows x[n][d], with zeros beyond d. What is no number makes the
  * unit none. */
@@ -31,12 +40,13 @@ static inline kvq_query kvq_query_from(const kvq_query *query, int first, int n,
                        query->unit + first, n};
 }
 
-/* Some sealed blocks of one side of a KV head: what a block is waited for, is done for another. */
+/* Some sealed blocks of one side of a KV head: while a result of one is awaited, others are worked
+ * on. */
 enum { KVQ_BLOCKS_AT_ONCE = 4 };
 typedef struct kvq_blocks {
     const uint8_t *at[KVQ_BLOCKS_AT_ONCE];
-    /* Those that are read next, NULL where there is none: kernels fetch them meanwhile, a few lines
-     * at a time, for hardware does not follow the order in which a block is read. */
+    /* Those that are read next, NULL where there is none: kernels that read blocks in an order
+     * which hardware does not follow fetch them meanwhile, a few lines at a time. */
     const uint8_t *ahead[KVQ_BLOCKS_AT_ONCE];
     int n;
 } kvq_blocks;
@@ -58,8 +68,8 @@ typedef void kvq_accum_fn(float *o, const kvq_weights *weights, const kvq_blocks
                           const kvq_kv_shape *sh);
 
 /* The same over n_rows <= KVQ_BLOCK plain rows of d halves (sinks and recent tokens), for n queries
- * that weigh them p[i * KVQ_BLOCK + t]. Tokens are
- * added in their order, so a span may be cut anywhere without changing a bit of the result. */
+ * that weigh them p[i * KVQ_BLOCK + t]. Tokens are added in their order, so a span may be cut
+ * anywhere without changing a bit of the result. */
 typedef void kvq_score_rows_fn(float *s, const kvq_query *query, const uint16_t *rows, int n_rows,
                                int d);
 typedef void kvq_accum_rows_fn(float *o, const float *p, int n, const uint16_t *rows, int n_rows,
