@@ -1,8 +1,8 @@
 /* kv_attend.h: causal attention of a pass's new tokens over one layer's ring, and over themselves.
  *
  * The cache is never expanded: scores are taken on the codes of sealed blocks, values are summed
- * from them. Softmax is online, a few blocks at a time. Owns the scratch it works in; knows no layer and no
- * model. Called by forward.c.
+ * from them. Softmax is online, a few blocks at a time. Owns the scratch it works in; knows no
+ * layer and no model. Called by forward.c.
  */
 #ifndef KVQ_KV_ATTEND_H
 #define KVQ_KV_ATTEND_H
