@@ -110,7 +110,8 @@ def test_chunked_reads_prompts_in_passes(tiny: Model, ids: Ids) -> None:
         kv_sinks=5,
         kv_window=128,
     )
-    assert found["skvq"]["mean_kld"] == pytest.approx(expected.mean_kld, abs=1e-6)
+    # the same but for f16, which perplexity() keeps without a window: its sums have another order
+    assert found["skvq"]["mean_kld"] == pytest.approx(expected.mean_kld, rel=1e-4)
     streaming = run(KlTask(tiny, ids, n_ctx=300, chunks=2), tiny, find_lanes(["skvq"], 5, 128))
     assert found["skvq"]["mean_kld"] < streaming["skvq"]["mean_kld"]
 
