@@ -190,7 +190,9 @@ attend_case *attend_case_open(const attend_options *opt) {
     for (int side = 0; side < KVQ_SIDES; side++) {
         c->cache.new_rows[side] = copy(o, a.rows[side], heads * (size_t)most * row);
     }
-    c->q = copy(o, a.q, heads * (size_t)(most * opt->group * d) * sizeof *c->q);
+    const size_t n_q = heads * (size_t)(most * opt->group * d);
+    c->q = copy(o, a.q, n_q * sizeof *c->q);
+    for (size_t i = 0; i < n_q; i++) c->q[i] /= KVQ_LOG2_E; /* scores are exponents of e there */
     kvq_pool_close(pool);
     return c;
 }
