@@ -252,10 +252,10 @@ ROW_CODEC(q4_0, Q4_0_SPAN, (size_t)d / 32 * 18)
 enum { U_MOST_GROUPS = KVQ_D_MAX / 32 };
 _Static_assert(VS_LANES <= KVQ_X16_UNIT, "a vector must not reach beyond a query in 16 bits");
 
-/* A query, which comes in 16 bits, meets the scales of a block's channels once, then works in 8
- * bits, group by group: x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] -
- * middle * sum of q) unit * q[c] ~ x[c] * b[c]
- *
+/* A query, in 16 bits, meets the scales of a block's channels once, then works in 8 bits, group by
+ * group:
+ *     x . key[t] = x . mean + sum over groups of a[t] * unit * (q . code[t] - middle * sum of q),
+ *     unit * q[c] ~ x[c] * b[c]
  * Rounding q to 8 bits adds an error some twenty times below that of 2-bit codes themselves. */
 typedef struct u_query {
     _Alignas(KVQ_ALIGN) int8_t q[KVQ_D_MAX]; /* zeros beyond d */
