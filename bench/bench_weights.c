@@ -47,7 +47,7 @@ static kvq_activations activations(const kvq_isa *isa, size_t n_tok, size_t n_co
     for (size_t i = 0; i < n_tok * n_cols; i++) x[i] = (float)(i * 7919 % 2001) * 1e-3f - 1.0f;
     kvq_activations a = {.x = x, .n_tok = n_tok, .n_cols = n_cols};
     a.q = allocate(n_tok * n_cols * sizeof *a.q);
-    a.scale = allocate(n_tok * n_cols / 32 * sizeof *a.scale);
+    a.scale = allocate(n_tok * kvq_activation_runs(n_cols) * sizeof *a.scale);
     a.sums = allocate(n_tok * n_cols / 32 * sizeof *a.sums);
     if (isa->quantize) isa->quantize(&a, 0, n_tok);
     return a;

@@ -23,12 +23,14 @@ void kvq_cpu_lay_out(kvq_cpu *cpu, kvq_arena *arena) {
     cpu->delta = kvq_arena_take(arena, n * c->d_model * 4);
     cpu->cos_sin = kvq_arena_take(arena, n * c->d_rope * 4);
     cpu->acts.q = kvq_arena_take(arena, n * wide * 2);
-    cpu->acts.scale = kvq_arena_take(arena, n * wide / 32 * 4);
+    cpu->acts.scale = kvq_arena_take(arena, n * kvq_activation_runs(wide) * 4);
     cpu->acts.sums = kvq_arena_take(arena, n * wide / 32 * 4);
 }
 
 /* ---- products ---------------------------------------------------------------------------- */
 
+/* Rows of a task are a multiple of ROWS_PER_TASK, as many as two of the widest vectors have lanes:
+ * of fewer, a product would compute some twice (weight_kernels.inl). */
 enum { TOKENS_PER_TASK = 8, ROWS_PER_TASK = 32, MOST_TASKS = 256 };
 
 static int tasks_for(size_t n, size_t per_task) { return (int)((n + per_task - 1) / per_task); }
@@ -181,7 +183,7 @@ static void multiply(kvq_device *device, kvq_buffer x, const kvq_product *list, 
     (void)x; /* the step before made it the input */
     for (int i = 0; i < count; i++) {
         const size_t rows = list[i].w->rows, share = (rows + MOST_TASKS - 1) / MOST_TASKS;
-        p.per_task[i] = kvq_round_up(share > ROWS_PER_TASK ? share : ROWS_PER_TASK, 8);
+        p.per_task[i] = kvq_round_up(share, ROWS_PER_TASK);
         p.tasks[i] = tasks_for(rows, p.per_task[i]);
         total += p.tasks[i];
     }

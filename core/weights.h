@@ -37,15 +37,25 @@ bool kvq_ggml_type_size(uint32_t ggml_id, const char **name, uint32_t *block, ui
 /* The largest magnitude of a quantized activation: 15 bits with the sign. */
 #define KVQ_ACTIVATION_MAX 16383
 
+/* Columns whose quantized activations share a scale; the last of a row may be fewer. Rounding them
+ * in blocks of 32 instead would not bring the logits any nearer (docs/speed.md). */
+#define KVQ_ACTIVATION_RUN 256
+
+/* Scales of a row. */
+static inline size_t kvq_activation_runs(size_t n_cols) {
+    return (n_cols + KVQ_ACTIVATION_RUN - 1) / KVQ_ACTIVATION_RUN;
+}
+
 /* Activations of n_tok tokens, made ready for products by an instruction set. n_cols is a multiple
  * of 32 wherever a quantized format is multiplied. */
 typedef struct kvq_activations {
     const float *x; /* [n_tok][n_cols] */
     size_t n_tok, n_cols;
-    /* Filled by kvq_isa.quantize, per block of 32 columns (of the n_cols / 32 in a row): */
-    int16_t *q;   /* [n_tok][n_cols]       each four columns as the set's products take them */
-    float *scale; /* [n_tok][n_cols / 32]  x ~ scale * q; largest |q| = KVQ_ACTIVATION_MAX */
-    float *sums;  /* [n_tok][n_cols / 32]  sum of q over the block, exact */
+    /* Filled by kvq_isa.quantize: */
+    int16_t *q;   /* [n_tok][n_cols]  each four columns as the set's products take them */
+    float *scale; /* [n_tok][kvq_activation_runs]  x ~ scale * q; largest |q| = KVQ_ACTIVATION_MAX
+                   */
+    float *sums;  /* [n_tok][n_cols / 32]  sum of q over a block of 32 columns, exact */
 } kvq_activations;
 
 /* y[t * y_stride + r] = sum over c of w[r][c] * x[t][c] for n_rows rows that start at `w`, each of

@@ -191,11 +191,12 @@ static inline void vb_spread_bits(vb sixteens[8], vi bits) {
     }
 }
 
-/* The largest magnitude of 32 numbers, NaN if one of them is: magnitudes order as their bits do. */
-static inline float vf_abs_max32(const float *p) {
+/* The largest magnitude of n numbers, n % 32 = 0; NaN if one of them is: magnitudes order as their
+ * bits do. */
+static inline float vf_abs_max(const float *p, int n) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i top = _mm256_setzero_si256();
-    for (int i = 0; i < 32; i += 8) {
+    for (int i = 0; i < n; i += 8) {
         top = _mm256_max_epi32(top, _mm256_and_si256(vi_load(p + i), magnitude));
     }
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));

@@ -171,12 +171,15 @@ static inline void vb_spread_bits(vb sixteens[8], vi bits) {
     }
 }
 
-/* The largest magnitude of 32 numbers, NaN if one of them is: magnitudes order as their bits do. */
-static inline float vf_abs_max32(const float *p) {
+/* The largest magnitude of n numbers, n % 32 = 0; NaN if one of them is: magnitudes order as their
+ * bits do. */
+static inline float vf_abs_max(const float *p, int n) {
     const __m512i magnitude = vi_set(0x7fffffff);
-    const __m512i first = _mm512_and_si512(_mm512_loadu_si512(p), magnitude);
-    const __m512i last = _mm512_and_si512(_mm512_loadu_si512(p + 16), magnitude);
-    const int bits = _mm512_reduce_max_epi32(_mm512_max_epi32(first, last));
+    __m512i top = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 16) {
+        top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_loadu_si512(p + i), magnitude));
+    }
+    const int bits = _mm512_reduce_max_epi32(top);
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
 }
 /* q[32]: as many numbers times `factor`, rounded to nearest even, saturated to i16, each four in

@@ -439,10 +439,11 @@ static inline vq vq_add(vq sum, vb codes, const int16_t *q) { /* q: of four colu
 }
 static inline vi vq_total(vq sum) { return vi_add(vi_shl(sum.high, 7), sum.low); }
 
-/* The largest magnitude of 32 numbers, NaN if one of them is: magnitudes order as their bits do. */
-static inline float vf_abs_max32(const float *p) {
+/* The largest magnitude of n numbers, n % 32 = 0; NaN if one of them is: magnitudes order as their
+ * bits do. */
+static inline float vf_abs_max(const float *p, int n) {
     uint32x4_t top = vdupq_n_u32(0);
-    for (int i = 0; i < 32; i += 4) {
+    for (int i = 0; i < n; i += 4) {
         top = vmaxq_u32(top, (uint32x4_t)vabsq_f32(vld1q_f32(p + i)));
     }
     return vgetq_lane_f32((float32x4_t)vdupq_n_u32(vmaxvq_u32(top)), 0);

@@ -6,9 +6,11 @@
  * Quantized weights. VF_LANES rows are taken together, a row to a lane. A code vector of a block of
  * 32 columns holds, in lane r, a few columns of row r. Multiplied by the same columns of a token in
  * all lanes, such vectors give the integer dot products of the block for all the rows at once, with
- * no sum across lanes, and
- *     sum[r] += scale_of_x * (scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
- * A tile is up to TILE_BLOCKS blocks of these rows. For a token alone the codes are multiplied as
+ * no sum across lanes. A tile is up to TILE_BLOCKS blocks of these rows, whose activations share a
+ * scale:
+ *     sum[r] += scale_of_x * (the sum over blocks of
+ *                             scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
+ * For a token alone the codes are multiplied as
  * they are unpacked, in registers; for more they are kept on the stack, so that all share the
  * unpacking, and PANEL_VECTORS tiles, a panel, share each load of activations. Each sum is one
  * chain over the blocks from first to last, however many tokens and rows come together: their
@@ -248,6 +250,8 @@ WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const vi *words, int n, const 
 
 /* ---- the product of quantized weights ---------------------------------------------------- */
 
+_Static_assert(TILE_BLOCKS * 32 == KVQ_ACTIVATION_RUN, "the activations of a tile share a scale");
+
 /* The activations of the first of some tokens, at the first column of a tile; those of the others
  * follow, each in its row. */
 typedef struct token_cursor {
@@ -256,21 +260,29 @@ typedef struct token_cursor {
     size_t n_cols;
 } token_cursor;
 
+/* `block` is the first of a tile. */
 WEIGHT_INLINE token_cursor cursor_at(const token_cursor *x, size_t token, size_t block) {
     const size_t at = token * (x->n_cols / 32) + block;
-    return (token_cursor){x->q + at * 32, x->scale + at, x->sums + at, x->n_cols};
+    const size_t run = token * kvq_activation_runs(x->n_cols) + block / TILE_BLOCKS;
+    return (token_cursor){x->q + at * 32, x->scale + run, x->sums + at, x->n_cols};
 }
 
-/* total plus block b of a tile, whose codes . q are `dot` for token t. Of codes that were not
- * reduced by `zero` the product is: it is an integer below 2^24, so exact. */
-WEIGHT_INLINE vf add_block(vf total, const weight_tile *tile, int b, vi dot, const token_cursor *x,
+/* `part`, which is in units of the activations' scale, plus block b of a tile, whose codes . q are
+ * `dot` for token t. Of codes that were not reduced by `zero` the product is: it is an integer
+ * below 2^24, so exact. */
+WEIGHT_INLINE vf add_block(vf part, const weight_tile *tile, int b, vi dot, const token_cursor *x,
                            int t, const code_kind kind, int zero) {
-    const size_t at = (size_t)t * (x->n_cols / 32) + (size_t)b;
+    const float sum = x->sums[(size_t)t * (x->n_cols / 32) + (size_t)b];
     vf product = vf_from_vi(dot);
-    if (zero) product = vf_sub(product, vf_set((float)zero * x->sums[at]));
-    vf value = vf_mul(product, tile->scale[b]);
-    if (kind == CODES_AFFINE) value = vf_fma(vf_set(x->sums[at]), tile->minimum[b], value);
-    return vf_fma(value, vf_set(x->scale[at]), total);
+    if (zero) product = vf_sub(product, vf_set((float)zero * sum));
+    part = vf_fma(product, tile->scale[b], part);
+    if (kind == CODES_AFFINE) part = vf_fma(vf_set(sum), tile->minimum[b], part);
+    return part;
+}
+
+/* total plus a tile's sum for token t. */
+WEIGHT_INLINE vf add_tile(vf total, vf part, const token_cursor *x, int t) {
+    return vf_fma(part, vf_set(x->scale[(size_t)t * kvq_activation_runs(x->n_cols)]), total);
 }
 
 typedef vf panel_sum[PANEL_VECTORS]; /* of one token, lanes are rows */
@@ -279,11 +291,11 @@ typedef vf panel_sum[PANEL_VECTORS]; /* of one token, lanes are rows */
  * instance. */
 WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int n,
                                   const token_cursor *x, const int n_tok, const code_kind kind) {
-    vf total[TILE_TOKENS][PANEL_VECTORS];
+    vf part[TILE_TOKENS][PANEL_VECTORS];
 #pragma GCC unroll 8
     for (int t = 0; t < n_tok; t++) {
 #pragma GCC unroll 8
-        for (int v = 0; v < PANEL_VECTORS; v++) total[t][v] = sum[t][v];
+        for (int v = 0; v < PANEL_VECTORS; v++) part[t][v] = vf_zero();
     }
     for (int b = 0; b < n; b++) {
         vi dot[TILE_TOKENS][PANEL_VECTORS];
@@ -292,14 +304,14 @@ WEIGHT_INLINE void multiply_tiles(panel_sum *sum, const weight_tile *tiles, int 
         for (int t = 0; t < n_tok; t++) {
 #pragma GCC unroll 8
             for (int v = 0; v < PANEL_VECTORS; v++) {
-                total[t][v] = add_block(total[t][v], &tiles[v], b, dot[t][v], x, t, kind, 0);
+                part[t][v] = add_block(part[t][v], &tiles[v], b, dot[t][v], x, t, kind, 0);
             }
         }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < n_tok; t++) {
 #pragma GCC unroll 8
-        for (int v = 0; v < PANEL_VECTORS; v++) sum[t][v] = total[t][v];
+        for (int v = 0; v < PANEL_VECTORS; v++) sum[t][v] = add_tile(sum[t][v], part[t][v], x, t);
     }
 }
 
@@ -370,9 +382,11 @@ WEIGHT_INLINE void multiply_panel_alone(vf *sum, const uint8_t *w, size_t stride
         load_words(words, w, stride, bytes);
         unpack(&tile, words, n, token_alone(at.q), ahead);
         if (ahead) ahead += bytes * VF_LANES;
+        vf part = vf_zero();
         for (int i = 0; i < n; i++) {
-            total = add_block(total, &tile, i, dot_of(&tile, i), &at, 0, kind, zero);
+            part = add_block(part, &tile, i, dot_of(&tile, i), &at, 0, kind, zero);
         }
+        total = add_tile(total, part, &at, 0);
     }
     *sum = total;
 }
@@ -542,17 +556,23 @@ FLOAT_PRODUCT(BF16, 2)
 
 /* ---- activations ------------------------------------------------------------------------- */
 
-/* scale = the largest magnitude of 32 columns / KVQ_ACTIVATION_MAX, and q = x / scale to the
+/* scale = the largest magnitude of a run of columns / KVQ_ACTIVATION_MAX, and q = x / scale to the
  * nearest integer, ties to even. Where the scale would be subnormal (magnitudes below 2e-34) the
- * block is zero: its inverse overflows. An infinity or NaN makes the scale one, and so every
- * product with it infinite or NaN. */
+ * run is zero: its inverse overflows. An infinity or NaN makes the scale one, and so every product
+ * with it infinite or NaN. */
 static void quantize(kvq_activations *x, size_t first, size_t n) {
-    const size_t n_blocks = x->n_cols / 32;
-    for (size_t b = first * n_blocks; b < (first + n) * n_blocks; b++) {
-        const float *const columns = x->x + b * 32;
-        const float scale = vf_abs_max32(columns) / KVQ_ACTIVATION_MAX;
+    const size_t n_runs = kvq_activation_runs(x->n_cols);
+    for (size_t i = 0; i < n * n_runs; i++) {
+        const size_t token = first + i / n_runs, run = i % n_runs;
+        const size_t at = token * x->n_cols + run * KVQ_ACTIVATION_RUN;
+        const size_t left = x->n_cols - run * KVQ_ACTIVATION_RUN;
+        const int n_cols = left < KVQ_ACTIVATION_RUN ? (int)left : KVQ_ACTIVATION_RUN;
+        const float scale = vf_abs_max(x->x + at, n_cols) / KVQ_ACTIVATION_MAX;
         const bool zero = scale < 0x1p-126f;
-        x->scale[b] = zero ? 0.0f : scale;
-        x->sums[b] = vf_quantize32(x->q + b * 32, columns, zero ? 0.0f : 1.0f / scale);
+        const float inverse = zero ? 0.0f : 1.0f / scale;
+        x->scale[token * n_runs + run] = zero ? 0.0f : scale;
+        for (size_t c = at; c < at + (size_t)n_cols; c += 32) {
+            x->sums[c / 32] = vf_quantize32(x->q + c, x->x + c, inverse);
+        }
     }
 }

@@ -141,7 +141,7 @@ static operands make_operands(kvq_weight_kind kind, size_t n_rows, size_t n_tok,
     o.w = guard(n_rows * n_cols / format->block * format->bytes);
     o.columns = guard(n_tok * n_cols * sizeof(float));
     o.q = guard(n_tok * n_cols * sizeof(int16_t));
-    o.scale = guard(n_tok * (n_cols / 32) * sizeof(float));
+    o.scale = guard(n_tok * kvq_activation_runs(n_cols) * sizeof(float));
     o.sums = guard(n_tok * (n_cols / 32) * sizeof(float));
     o.x = (kvq_activations){.x = (float *)(void *)o.columns.data,
                             .n_tok = n_tok,
@@ -162,19 +162,19 @@ static float *columns_of(operands *o) { return (float *)(void *)o->columns.data;
 static bool is_float(kvq_weight_kind kind) { return kvq_weight_formats[kind].block == 1; }
 
 /* Where the f16 of a block stand, and the largest normalized mean square error that rounding the
- * activations to 15 bits may cause: a step is 1/16383 of the largest of 32, about 1/7500 of a
- * standard deviation; its square over 12 is 1.5e-9. Float formats keep the activations; their own
+ * activations to 15 bits may cause: a step is 1/16383 of the largest of 256, about 1/5800 of a
+ * standard deviation; its square over 12 is 2.5e-9. Float formats keep the activations; their own
  * sum is f32. */
 static const struct {
     int halves[2]; /* -1: none */
     double nmse;
 } properties[KVQ_WEIGHT_KINDS] = {
     [KVQ_WEIGHT_F32] = {{-1, -1}, 1e-12},  [KVQ_WEIGHT_F16] = {{-1, -1}, 1e-12},
-    [KVQ_WEIGHT_BF16] = {{-1, -1}, 1e-12}, [KVQ_WEIGHT_Q4_0] = {{0, -1}, 3e-9},
-    [KVQ_WEIGHT_Q4_1] = {{0, 2}, 3e-9},    [KVQ_WEIGHT_Q5_0] = {{0, -1}, 3e-9},
-    [KVQ_WEIGHT_Q5_1] = {{0, 2}, 3e-9},    [KVQ_WEIGHT_Q8_0] = {{0, -1}, 3e-9},
-    [KVQ_WEIGHT_Q4_K] = {{0, 2}, 3e-9},    [KVQ_WEIGHT_Q5_K] = {{0, 2}, 3e-9},
-    [KVQ_WEIGHT_Q6_K] = {{208, -1}, 3e-9},
+    [KVQ_WEIGHT_BF16] = {{-1, -1}, 1e-12}, [KVQ_WEIGHT_Q4_0] = {{0, -1}, 5e-9},
+    [KVQ_WEIGHT_Q4_1] = {{0, 2}, 5e-9},    [KVQ_WEIGHT_Q5_0] = {{0, -1}, 5e-9},
+    [KVQ_WEIGHT_Q5_1] = {{0, 2}, 5e-9},    [KVQ_WEIGHT_Q8_0] = {{0, -1}, 5e-9},
+    [KVQ_WEIGHT_Q4_K] = {{0, 2}, 5e-9},    [KVQ_WEIGHT_Q5_K] = {{0, 2}, 5e-9},
+    [KVQ_WEIGHT_Q6_K] = {{208, -1}, 5e-9},
 };
 
 static void store_u16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
@@ -274,10 +274,12 @@ static int quantized(const kvq_activations *x, size_t i) {
 
 /* The activations as a product sees them: f32 [n_tok][n_cols], to be freed. */
 static float *seen_by_product(const operands *o) {
-    const size_t n = o->x.n_tok * o->x.n_cols;
+    const size_t n_cols = o->x.n_cols, n = o->x.n_tok * n_cols;
     float *const x = malloc(n * sizeof *x);
     for (size_t i = 0; x && i < n; i++) {
-        x[i] = is_float(o->kind) ? o->x.x[i] : o->x.scale[i / 32] * (float)quantized(&o->x, i);
+        const size_t run =
+            i / n_cols * kvq_activation_runs(n_cols) + i % n_cols / KVQ_ACTIVATION_RUN;
+        x[i] = is_float(o->kind) ? o->x.x[i] : o->x.scale[run] * (float)quantized(&o->x, i);
     }
     return x;
 }
@@ -438,27 +440,38 @@ static const char *test_company(void) { return each_product(check_company); }
 
 /* ---- activations ------------------------------------------------------------------------- */
 
-static const char *check_quantize(const kvq_isa *isa, const float x[32], bool zero) {
-    int16_t q[32];
-    float scale, sum, largest = 0;
-    kvq_activations a = {.x = x, .n_tok = 1, .n_cols = 32, .q = q, .scale = &scale, .sums = &sum};
+enum { SHORT_RUN = 96, TWO_RUNS = KVQ_ACTIVATION_RUN + SHORT_RUN };
+
+/* Of a row that is one whole run and a short one, whose magnitudes differ. */
+static const char *check_quantize(const kvq_isa *isa, const float x[TWO_RUNS], const bool zero[2]) {
+    int16_t q[TWO_RUNS];
+    float scale[2], sums[TWO_RUNS / 32];
+    kvq_activations a = {
+        .x = x, .n_tok = 1, .n_cols = TWO_RUNS, .q = q, .scale = scale, .sums = sums};
     isa->quantize(&a, 0, 1);
-    for (int c = 0; c < 32; c++) largest = fmaxf(largest, fabsf(x[c]));
-    if (scale != (zero ? 0.0f : largest / KVQ_ACTIVATION_MAX)) {
-        return TEST_FAIL("scale of magnitudes up to %g is %g", (double)largest, (double)scale);
-    }
-    int sum_q = 0;
-    for (size_t c = 0; c < 32; c++) {
-        const int code = quantized(&a, c);
-        /* half a step, and two roundings of x / scale, 2^-24 each of a magnitude below 2^14 */
-        const double error = fabs((double)code * (double)scale - (double)x[c]);
-        const double bound = zero ? 2e-34 : (0.5 + 0.002) * (double)scale;
-        if (abs(code) > KVQ_ACTIVATION_MAX || (zero && code != 0) || error > bound) {
-            return TEST_FAIL("%g in steps of %g is %d", (double)x[c], (double)scale, code);
+    for (size_t run = 0; run < 2; run++) {
+        const size_t first = run * KVQ_ACTIVATION_RUN, end = run ? TWO_RUNS : KVQ_ACTIVATION_RUN;
+        float largest = 0;
+        for (size_t c = first; c < end; c++) largest = fmaxf(largest, fabsf(x[c]));
+        if (scale[run] != (zero[run] ? 0.0f : largest / KVQ_ACTIVATION_MAX)) {
+            return TEST_FAIL("scale of magnitudes up to %g is %g", (double)largest,
+                             (double)scale[run]);
         }
-        sum_q += code;
+        for (size_t c = first; c < end; c++) {
+            const int code = quantized(&a, c);
+            /* half a step, and two roundings of x / scale, 2^-24 each of a magnitude below 2^14 */
+            const double error = fabs((double)code * (double)scale[run] - (double)x[c]);
+            const double bound = zero[run] ? 2e-34 : (0.5 + 0.002) * (double)scale[run];
+            if (abs(code) > KVQ_ACTIVATION_MAX || (zero[run] && code != 0) || error > bound) {
+                return TEST_FAIL("%g in steps of %g is %d", (double)x[c], (double)scale[run], code);
+            }
+        }
     }
-    TEST_CHECK(sum == (float)sum_q);
+    for (size_t b = 0; b < TWO_RUNS / 32; b++) {
+        int sum = 0;
+        for (size_t c = b * 32; c < b * 32 + 32; c++) sum += quantized(&a, c);
+        TEST_CHECK(sums[b] == (float)sum);
+    }
     return NULL;
 }
 
@@ -466,12 +479,16 @@ static const char *test_quantize(void) {
     static const float magnitudes[] = {1, 1e-30f, 2e-34f, 1.9e-34f, 1e-40f, 0, 1e30f, 3.4e38f};
     unsigned long long random = 3;
     for (const kvq_isa *const *isa = fast_sets(); *isa; isa++) {
-        for (size_t i = 0; i < 8 * 20; i++) {
-            const float magnitude = magnitudes[i % 8];
-            float x[32];
-            for (int c = 0; c < 32; c++) x[c] = magnitude * test_uniform(&random);
-            x[i % 32] = -magnitude;
-            const char *const broken = check_quantize(*isa, x, magnitude < 1.95e-34f);
+        for (size_t i = 0; i < 8 * KVQ_ACTIVATION_RUN; i++) {
+            const float magnitude[2] = {magnitudes[i % 8], magnitudes[(i + i / 8) % 8]};
+            const bool zero[2] = {magnitude[0] < 1.95e-34f, magnitude[1] < 1.95e-34f};
+            float x[TWO_RUNS];
+            for (size_t c = 0; c < TWO_RUNS; c++) {
+                x[c] = magnitude[c / KVQ_ACTIVATION_RUN] * test_uniform(&random);
+            }
+            x[i / 8] = -magnitude[0];
+            x[KVQ_ACTIVATION_RUN + i % SHORT_RUN] = -magnitude[1];
+            const char *const broken = check_quantize(*isa, x, zero);
             if (broken) return broken;
         }
         /* scale 1, ties to even */
