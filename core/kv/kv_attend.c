@@ -8,6 +8,7 @@
 #include "kv/kv_attend.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
 enum {
     TILE_QUERIES = 32, /* queries that are worked on together, while blocks are near */
@@ -18,7 +19,7 @@ enum {
     WAVE_FACTORS = 2 * KVQ_WAVES, /* of a query */
 };
 
-_Static_assert(SCORES_AT_ONCE >= KVQ_D_MAX, "prepare_token puts one vector where scores are");
+_Static_assert(SCORES_AT_ONCE >= KVQ_D_MAX, "prepare puts one vector where scores are");
 
 static int at_least(int a, int b) { return a > b ? a : b; }
 static int at_most(int a, int b) { return a < b ? a : b; }
@@ -80,6 +81,7 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     }
     a->partial = kvq_arena_take(arena, kv_heads * (size_t)a->max_segments * tile * (d + 2) *
                                            sizeof *a->partial);
+    a->parts_left = kvq_arena_take(arena, kv_heads * sizeof *a->parts_left);
     const size_t blocks = a->top_blocks ? kv_heads * (size_t)ring->max_blocks : 0;
     a->estimate = kvq_arena_take(arena, 2 * blocks * sizeof *a->estimate);
     a->chosen = kvq_arena_take(arena, blocks * sizeof *a->chosen);
@@ -126,41 +128,38 @@ static void score_sinks(const call *c, int kv_head, size_t i, int n, float *s) {
     }
 }
 
-/* Queries, keys and values of one new token, padded and mapped into the basis of the cache. */
-static void prepare_token(void *context, int t, int worker) {
+/* One new token's queries, key and value at one KV head, padded and mapped into the basis of the
+ * cache. */
+static void prepare(void *context, int task, int worker) {
     const call *const c = context;
     kvq_attention *const a = c->a;
-    const int d = a->d, d_head = a->d_head;
+    const int d = a->d, d_head = a->d_head, group = a->group;
+    const int t = task / a->n_kv_heads, kv_head = task % a->n_kv_heads;
+    const size_t i = query_index(a, kv_head, t);
+    const kvq_track *const keys = &c->ring->track[KVQ_KEYS][kv_head];
     const float factor = KVQ_LOG2_E / sqrtf((float)d_head);
     float *const s = scratch_of(a, worker).s; /* for one padded vector, too */
-    for (int h = 0; h < a->n_heads; h++) {
-        const size_t i = query_index(a, h / a->group, t) + (size_t)(h % a->group);
-        const float *const x = c->q + ((size_t)t * (size_t)a->n_heads + (size_t)h) * (size_t)d_head;
-        float *const y = a->q + i * (size_t)d;
+    for (int h = 0; h < group; h++) {
+        const size_t head = (size_t)t * (size_t)a->n_heads + (size_t)(kv_head * group + h);
+        const float *const x = c->q + head * (size_t)d_head;
+        float *const y = a->q + (i + (size_t)h) * (size_t)d;
         for (int j = 0; j < d; j++) y[j] = j < d_head ? x[j] * factor : 0.0f;
     }
-    for (int h = 0; h < a->n_kv_heads; h++) {
-        const size_t i = query_index(a, h, t);
-        kvq_basis_query(&c->ring->track[KVQ_KEYS][h].basis, a->isa, a->q + i * (size_t)d, a->group,
-                        d);
-        if (kvq_codec_reads_x16(c->ring->track[KVQ_KEYS][h].codec)) {
-            kvq_query_round(a->q16 + i * (size_t)kvq_x16_stride(d), a->q_unit + i,
-                            a->q + i * (size_t)d, a->group, d);
-        }
-        for (int j = 0; j < a->group; j += QUERIES_AT_ONCE) {
-            score_sinks(c, h, i + (size_t)j, at_most(QUERIES_AT_ONCE, a->group - j), s);
-        }
+    kvq_basis_query(&keys->basis, a->isa, a->q + i * (size_t)d, group, d);
+    if (kvq_codec_reads_x16(keys->codec)) {
+        kvq_query_round(a->q16 + i * (size_t)kvq_x16_stride(d), a->q_unit + i, a->q + i * (size_t)d,
+                        group, d);
+    }
+    for (int h = 0; h < group; h += QUERIES_AT_ONCE) {
+        score_sinks(c, kv_head, i + (size_t)h, at_most(QUERIES_AT_ONCE, group - h), s);
     }
     for (int side = 0; side < KVQ_SIDES; side++) {
-        const float *const all = side == KVQ_KEYS ? c->k : c->v;
-        for (int h = 0; h < a->n_kv_heads; h++) {
-            const size_t i = (size_t)t * (size_t)a->n_kv_heads + (size_t)h;
-            uint16_t *const row = new_row(a, side, h, t);
-            for (int j = 0; j < d; j++)
-                s[j] = j < d_head ? all[i * (size_t)d_head + (size_t)j] : 0.0f;
-            kvq_basis_store(&c->ring->track[side][h].basis, a->isa, s, 1, d);
-            for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(s[j]);
-        }
+        const size_t head = (size_t)t * (size_t)a->n_kv_heads + (size_t)kv_head;
+        const float *const x = (side == KVQ_KEYS ? c->k : c->v) + head * (size_t)d_head;
+        uint16_t *const row = new_row(a, side, kv_head, t);
+        for (int j = 0; j < d; j++) s[j] = j < d_head ? x[j] : 0.0f;
+        kvq_basis_store(&c->ring->track[side][kv_head].basis, a->isa, s, 1, d);
+        for (int j = 0; j < d; j++) row[j] = kvq_f32_to_f16(s[j]);
     }
 }
 
@@ -478,11 +477,19 @@ static void attend_tile(void *context, int task, int worker) {
     finish(c, total, kv_head, first, end);
 }
 
-/* A single tile is spread over segments instead: a task is one segment of one KV head. */
+/* A single tile is spread over segments instead: a task is one segment of one KV head, and the one
+ * that is done last merges them. */
 static running partial_of(const call *c, int kv_head, int segment, int n) {
     const kvq_attention *const a = c->a;
     const size_t i = (size_t)kv_head * (size_t)a->max_segments + (size_t)segment;
     return running_at(a->partial + i * (size_t)(a->tile * a->group) * (size_t)(a->d + 2), n, a->d);
+}
+
+static void merge_parts(const call *c, int kv_head, running total, int n) {
+    running_clear(total, n, c->a->d);
+    for (int segment = 0; segment < c->segments; segment++) {
+        merge(total, partial_of(c, kv_head, segment, n), n, c->a->d);
+    }
 }
 
 static void attend_part(void *context, int task, int worker) {
@@ -493,19 +500,10 @@ static void attend_part(void *context, int task, int worker) {
     const scratch m = scratch_of(a, worker);
     attend_segment(c, partial_of(c, kv_head, segment, query.n), &m, &query, kv_head, segment, 0,
                    c->n);
-}
-
-static void finish_parts(const call *c) {
-    const kvq_attention *const a = c->a;
-    const int n = c->n * a->group;
-    const running total = running_at(scratch_of(a, 0).total, n, a->d);
-    for (int kv_head = 0; kv_head < a->n_kv_heads; kv_head++) {
-        running_clear(total, n, a->d);
-        for (int segment = 0; segment < c->segments; segment++) {
-            merge(total, partial_of(c, kv_head, segment, n), n, a->d);
-        }
-        finish(c, total, kv_head, 0, c->n);
-    }
+    if (atomic_fetch_sub(&a->parts_left[kv_head], 1) > 1) return;
+    const running total = running_at(m.total, query.n, a->d);
+    merge_parts(c, kv_head, total, query.n);
+    finish(c, total, kv_head, 0, c->n);
 }
 
 static void append_side(void *context, int task, int worker) {
@@ -518,14 +516,14 @@ static void append_side(void *context, int task, int worker) {
 void kvq_attend(kvq_attention *a, kvq_ring *ring, float *out, const float *q, const float *k,
                 const float *v, int n) {
     call c = {.a = a, .ring = ring, .out = out, .q = q, .k = k, .v = v, .n = n};
-    kvq_pool_run(a->pool, n, prepare_token, &c);
+    kvq_pool_run(a->pool, n * a->n_kv_heads, prepare, &c);
     c.selected = n == 1 && a->top_blocks && a->top_blocks < ring->n_sealed;
     c.n_blocks = c.selected ? a->top_blocks : ring->n_sealed;
     c.segments = (c.n_blocks + a->segment_blocks - 1) / a->segment_blocks + 1;
     if (c.selected) kvq_pool_run(a->pool, a->n_kv_heads, choose_blocks, &c);
     if (n <= a->tile) {
+        for (int h = 0; h < a->n_kv_heads; h++) atomic_store(&a->parts_left[h], c.segments);
         kvq_pool_run(a->pool, a->n_kv_heads * c.segments, attend_part, &c);
-        finish_parts(&c);
     } else {
         const int tiles = (n + a->tile - 1) / a->tile;
         kvq_pool_run(a->pool, tiles * a->n_kv_heads, attend_tile, &c);

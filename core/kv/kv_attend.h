@@ -7,6 +7,8 @@
 #ifndef KVQ_KV_ATTEND_H
 #define KVQ_KV_ATTEND_H
 
+#include <stdatomic.h>
+
 #include "clock.h"
 #include "isa/isa.h"
 #include "kv/kv_ring.h"
@@ -30,6 +32,7 @@ typedef struct kvq_attention {
     float *sink_score;         /* [n_kv_heads][n_batch][group] the largest of a query with a sink */
     uint16_t *rows[KVQ_SIDES]; /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
     float *partial;            /* [n_kv_heads][max_segments][tile * group][d + 2] */
+    atomic_int *parts_left;    /* [n_kv_heads] of a single tile, those not yet attended */
     float *estimate;           /* [n_kv_heads][2][max_blocks] with top_blocks */
     int *chosen;               /* [n_kv_heads][max_blocks] the same */
     float *worker;             /* [n_threads] scratch of each */
