@@ -188,18 +188,33 @@ static void score_mixed(float *s, const kvq_query *query, const kvq_blocks *bloc
 
 /* ---- waves ------------------------------------------------------------------------------- */
 
-static void add_waves(float *s, const float *factor, int n, const float *const *wave, int n_waves) {
-    for (int i = 0; i < n; i++, s += KVQ_BLOCK, factor += 2 * KVQ_WAVES) {
-        vf sum[KVQ_BLOCK / VF_LANES];
-        for (int t = 0; t < KVQ_BLOCK / VF_LANES; t++) sum[t] = vf_load(s + t * VF_LANES);
+/* To some vectors of tokens of a few queries, which share what is loaded of a wave. */
+KV_INLINE void add_waves_group(const int nq, float *s, const float *factor,
+                               const float *const *wave, int n_waves) {
+    enum { VECTORS = VF_REGISTERS / 2 / KV_QUERIES };
+    for (int t = 0; t < KVQ_BLOCK; t += VECTORS * VF_LANES, s += VECTORS * VF_LANES) {
+        vf sum[KV_QUERIES][VECTORS], part[VECTORS];
+        KV_EACH(i, nq) {
+            for (int v = 0; v < VECTORS; v++) sum[i][v] = vf_load(s + i * KVQ_BLOCK + v * VF_LANES);
+        }
         for (int j = 0; j < n_waves; j++) {
-            const vf f = vf_set(factor[j]);
-            _Pragma("GCC unroll 8") for (int t = 0; t < KVQ_BLOCK / VF_LANES; t++) {
-                sum[t] = vf_fma(f, vf_load(wave[j] + t * VF_LANES), sum[t]);
+            for (int v = 0; v < VECTORS; v++) part[v] = vf_load(wave[j] + t + v * VF_LANES);
+            KV_EACH(i, nq) {
+                const vf f = vf_set(factor[i * KVQ_WAVE_FACTORS + j]);
+                for (int v = 0; v < VECTORS; v++) sum[i][v] = vf_fma(f, part[v], sum[i][v]);
             }
         }
-        for (int t = 0; t < KVQ_BLOCK / VF_LANES; t++) vf_store(s + t * VF_LANES, sum[t]);
+        KV_EACH(i, nq) {
+            for (int v = 0; v < VECTORS; v++) vf_store(s + i * KVQ_BLOCK + v * VF_LANES, sum[i][v]);
+        }
     }
+}
+
+static void add_waves(float *s, const float *factor, int n, const float *const *wave, int n_waves) {
+#define GROUP(NQ, FIRST)                                                                           \
+    add_waves_group(NQ, s + (FIRST) * KVQ_BLOCK, factor + (FIRST) * KVQ_WAVE_FACTORS, wave, n_waves)
+    KV_IN_GROUPS(n, GROUP);
+#undef GROUP
 }
 
 /* ---- t1, t2: trellis-coded values -------------------------------------------------------- */

@@ -15,8 +15,7 @@ enum {
     SEGMENT_BLOCKS = 16,
     QUERIES_AT_ONCE = 8, /* of a tile, with several blocks */
     SCORES_AT_ONCE = KVQ_BLOCKS_AT_ONCE * QUERIES_AT_ONCE * KVQ_BLOCK,
-    MOST_SEGMENTS = 32,           /* of sealed blocks */
-    WAVE_FACTORS = 2 * KVQ_WAVES, /* of a query */
+    MOST_SEGMENTS = 32, /* of sealed blocks */
 };
 
 _Static_assert(SCORES_AT_ONCE >= KVQ_D_MAX, "prepare puts one vector where scores are");
@@ -39,10 +38,10 @@ static size_t running_floats(const kvq_attention *a) {
     return (size_t)(a->tile * a->group) * (size_t)(a->d + 2);
 }
 static size_t wave_floats(const kvq_attention *a) {
-    return (size_t)(a->tile * a->group) * WAVE_FACTORS;
+    return (size_t)(a->tile * a->group) * KVQ_WAVE_FACTORS;
 }
 static size_t scratch_floats(const kvq_attention *a) {
-    const size_t turned = QUERIES_AT_ONCE * WAVE_FACTORS;
+    const size_t turned = QUERIES_AT_ONCE * KVQ_WAVE_FACTORS;
     return kvq_round_up(score_floats(a) + 2 * running_floats(a) + wave_floats(a) + turned,
                         KVQ_ALIGN / sizeof(float));
 }
@@ -277,12 +276,11 @@ static void attend_row_segment(const call *c, running r, float *s, const kvq_que
 /* Gives back to the scores of a block what sealing took from its keys (kv_wave.h). */
 static void add_waves(const kvq_attention *a, const kvq_ring *ring, const kvq_wave *wave, float *s,
                       const float *on, float *turned, int n, int block) {
-    const float *waves[WAVE_FACTORS];
-    for (int i = 0; i < n; i++) {
-        kvq_wave_turn(turned + i * WAVE_FACTORS, on + i * WAVE_FACTORS, wave, ring->turns, block);
+    const float *waves[KVQ_WAVE_FACTORS];
+    kvq_wave_turn(turned, on, n, wave, ring->turns, block);
+    for (int j = 0; j < 2 * wave->n; j++) {
+        waves[j] = kvq_wave_within(ring->turns, wave->pair[j % wave->n], j / wave->n);
     }
-    for (int j = 0; j < 2 * wave->n; j++)
-        waves[j] = kvq_wave_within(ring->turns, wave->pair[j / 2], j % 2);
     kvq_run_add_waves(a->isa, s, turned, n, waves, 2 * wave->n);
 }
 
@@ -338,14 +336,14 @@ static void attend_segment(const call *c, running r, const scratch *m, const kvq
     memcpy(r.largest, sink_score, (size_t)query->n * sizeof *r.largest);
     const kvq_wave *const wave = &c->ring->track[KVQ_KEYS][kv_head].wave;
     for (int i = 0; i < query->n && wave->n; i++) {
-        kvq_wave_project(m->on + i * WAVE_FACTORS, wave, query->x + (size_t)i * (size_t)d, d);
+        kvq_wave_project(m->on + i * KVQ_WAVE_FACTORS, wave, query->x + (size_t)i * (size_t)d, d);
     }
     const int stop = at_most((segment + 1) * a->segment_blocks, c->n_blocks);
     for (int i = segment * a->segment_blocks; i < stop; i += KVQ_BLOCKS_AT_ONCE) {
         for (int first = 0; first < query->n; first += QUERIES_AT_ONCE) {
             const int n = at_most(QUERIES_AT_ONCE, query->n - first);
             const kvq_query few = kvq_query_from(query, first, n, d);
-            attend_blocks(c, running_from(r, first, d), m, &few, m->on + first * WAVE_FACTORS,
+            attend_blocks(c, running_from(r, first, d), m, &few, m->on + first * KVQ_WAVE_FACTORS,
                           kv_head, i, at_most(KVQ_BLOCKS_AT_ONCE, stop - i));
         }
     }
@@ -403,15 +401,16 @@ static void choose_blocks(void *context, int kv_head, int worker) {
     int *const chosen = a->chosen + at;
     const kvq_wave *const wave = &track->wave;
     float *const on = scratch_of(a, worker).on;
-    float wave_mean[WAVE_FACTORS], turned[WAVE_FACTORS];
+    float wave_mean[KVQ_WAVE_FACTORS], turned[KVQ_WAVE_FACTORS];
     int n = 0;
     for (int j = 0; j < 2 * wave->n; j++) {
-        const float *const within = kvq_wave_within(ring->turns, wave->pair[j / 2], j % 2);
+        const float *const within =
+            kvq_wave_within(ring->turns, wave->pair[j % wave->n], j / wave->n);
         wave_mean[j] = 0;
         for (int t = 0; t < KVQ_BLOCK; t++) wave_mean[j] += within[t] * (1.0f / KVQ_BLOCK);
     }
     for (int i = 0; i < query.n; i++) {
-        kvq_wave_project(on + i * WAVE_FACTORS, wave, query.x + (size_t)i * (size_t)a->d, a->d);
+        kvq_wave_project(on + i * KVQ_WAVE_FACTORS, wave, query.x + (size_t)i * (size_t)a->d, a->d);
     }
     for (int b = 0; b < ring->n_sealed; b++) {
         const uint8_t *const block = kvq_ring_block(ring, kv_head, KVQ_KEYS, b);
@@ -421,7 +420,7 @@ static void choose_blocks(void *context, int kv_head, int worker) {
             float sum = 0;
             for (int j = 0; j < a->d; j++) sum += query.x[i * a->d + j] * (float)mean[j];
             sum *= kvq_load_f16(block);
-            kvq_wave_turn(turned, on + i * WAVE_FACTORS, wave, ring->turns, b);
+            kvq_wave_turn(turned, on + i * KVQ_WAVE_FACTORS, 1, wave, ring->turns, b);
             for (int j = 0; j < 2 * wave->n; j++) sum += turned[j] * wave_mean[j];
             most = fmaxf(most, sum);
         }

@@ -33,19 +33,26 @@ static float product(const float *x, const float *y, int d) {
 
 void kvq_wave_project(float *on, const kvq_wave *wave, const float *query, int d) {
     for (int i = 0; i < wave->n; i++) {
-        on[2 * i] = product(query, wave->u + i * d, d);
-        on[2 * i + 1] = product(query, wave->w + i * d, d);
+        on[i] = product(query, wave->u + i * d, d);
+        on[wave->n + i] = product(query, wave->w + i * d, d);
     }
 }
 
 /* u cos(f + t) + w sin(f + t) = (u cos f + w sin f) cos t + (w cos f - u sin f) sin t */
-void kvq_wave_turn(float *turned, const float *on, const kvq_wave *wave, const kvq_turns *turns,
-                   int block) {
+void kvq_wave_turn(float *turned, const float *on, int n, const kvq_wave *wave,
+                   const kvq_turns *turns, int block) {
+    float cosine[KVQ_WAVES], sine[KVQ_WAVES];
     for (int i = 0; i < wave->n; i++) {
         const float *const start = first(turns, block, wave->pair[i]);
-        const float u = on[2 * i], w = on[2 * i + 1];
-        turned[2 * i] = u * start[0] + w * start[1];
-        turned[2 * i + 1] = w * start[0] - u * start[1];
+        cosine[i] = start[0];
+        sine[i] = start[1];
+    }
+    for (; n > 0; n--, on += KVQ_WAVE_FACTORS, turned += KVQ_WAVE_FACTORS) {
+        for (int i = 0; i < wave->n; i++) {
+            const float u = on[i], w = on[wave->n + i];
+            turned[i] = u * cosine[i] + w * sine[i];
+            turned[wave->n + i] = w * cosine[i] - u * sine[i];
+        }
     }
 }
 
@@ -54,7 +61,7 @@ void kvq_add_waves_reference(float *s, const float *factor, int n, const float *
     for (int i = 0; i < n; i++) {
         for (int j = 0; j < n_waves; j++) {
             for (int t = 0; t < KVQ_BLOCK; t++) {
-                s[i * KVQ_BLOCK + t] += factor[i * 2 * KVQ_WAVES + j] * wave[j][t];
+                s[i * KVQ_BLOCK + t] += factor[i * KVQ_WAVE_FACTORS + j] * wave[j][t];
             }
         }
     }

@@ -35,12 +35,16 @@ typedef struct kvq_turns {
 void kvq_wave_add(float *x, const kvq_wave *wave, const kvq_turns *turns, int block, float sign,
                   int d);
 
-/* on[2 * n_waves]: the products of one query, in the keys' basis, with u and w of each pair. */
+enum { KVQ_WAVE_FACTORS = 2 * KVQ_WAVES }; /* of a query, at most */
+
+/* on[2][wave->n]: the products of one query, in the keys' basis, with u, and with w, of each pair.
+ */
 void kvq_wave_project(float *on, const kvq_wave *wave, const float *query, int d);
 
-/* The factors of cos and sin of positions within a block. */
-void kvq_wave_turn(float *turned, const float *on, const kvq_wave *wave, const kvq_turns *turns,
-                   int block);
+/* Of n queries, turned[n][KVQ_WAVE_FACTORS]: the factors [2][wave->n] of cosines and sines of the
+ * positions within a block. */
+void kvq_wave_turn(float *turned, const float *on, int n, const kvq_wave *wave,
+                   const kvq_turns *turns, int block);
 
 /* cos (0) or sin (1) of a pair at positions 0 .. 63. */
 static inline const float *kvq_wave_within(const kvq_turns *turns, int pair, int which) {
@@ -48,7 +52,7 @@ static inline const float *kvq_wave_within(const kvq_turns *turns, int pair, int
 }
 
 /* s[n][KVQ_BLOCK] += sum over j of factor[i][j] * wave[j][t], for n_waves waves and n rows of
- * 2 * KVQ_WAVES factors. */
+ * KVQ_WAVE_FACTORS. */
 typedef void kvq_add_waves_fn(float *s, const float *factor, int n, const float *const *wave,
                               int n_waves);
 kvq_add_waves_fn kvq_add_waves_reference;
