@@ -195,8 +195,8 @@ quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_D
 SPEED = --fill --kv skvq,auto,f16,q8_0 --peer-kv f16,q8_0 --repetitions 5 --prompt-depth 0
 
 speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 10 minutes)
-	$(PY) bench/speed.py smollm2 --depths 0,2048,8192 $(SPEED) --generate 32
-	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,8192,32768 $(SPEED) --generate 16
+	$(PY) bench/speed.py smollm2 --depths 0,2048,8192 $(SPEED)
+	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,8192,32768 $(SPEED)
 	$(PY) bench/speed.py smollm2 --depths 0 --prompt 8192 --generate 0 --kv skvq --peer-kv f16 --repetitions 3
 
 $(BUILD)/7b-shape.gguf: models/make_7b_shape.py $(VENV)/.ready
@@ -204,8 +204,8 @@ $(BUILD)/7b-shape.gguf: models/make_7b_shape.py $(VENV)/.ready
 	$(PY) $< $@
 
 speed-large: ext $(BUILD)/7b-shape.gguf ## the same with random weights in the shape of a 7B model (4.1 GB in build/)
-	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --depths 0,8192,32768 --fill --kv skvq --peer-kv f16 \
-		--repetitions 3 --generate 4 --prompt 256 --prompt-depth 0
+	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --depths 0,8192,32768 --fill --kv skvq \
+		--peer-kv f16,q8_0 --repetitions 5 --generate 4 --prompt 256 --prompt-depth 0
 	$(PY) bench/speed.py $(BUILD)/7b-shape.gguf --alone --kv skvq --depths 0,1000000 --fill --prompt 0 \
 		--generate 2 --repetitions 2
 

@@ -6,7 +6,8 @@ A step is one generated token. Every case has a session of its own, on as many t
 all cases in turn, every other one in the opposite order, so that a machine that is shared hits them
 alike. The busy process is started here: it is in the same session of the system as this one, so
 that Linux (which shares processors out among sessions first, sched(7), "autogroup") weighs the two
-as it weighs two programs of one terminal. Writes bench/results/contention-MODEL-MACHINE.json.
+as it weighs two programs of one terminal. Writes bench/results/contention-MODEL-MACHINE.json; ends
+with status 1 where a claim of docs/speed.md does not hold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -85,6 +86,13 @@ def time_steps(case: Case, tokens: list[int]) -> None:
                 case.ns.append(time.perf_counter_ns() - start)
 
 
+def claims(results: Sequence[Json], processors: int) -> list[tuple[str, float, float]]:
+    """What is claimed: of what, its ratio to all processors alone, and the most that it may be."""
+    beside = max(r["ratio"] for r in results if r["busy"])
+    many = max((r["ratio"] for r in results if r["n_threads"] > processors), default=1.0)
+    return [("beside a busy process", beside, 2.5), ("more threads than processors", many, 1.2)]
+
+
 def main() -> None:
     """Runs the measurement and writes its record."""
     processors = len(os.sched_getaffinity(0))
@@ -132,6 +140,11 @@ def main() -> None:
         "results": results,
     }
     print(save(f"contention-{model_slug(args.model)}-{machine_slug()}", record))
+    broken = False
+    for what, ratio, most in claims(results, processors):
+        broken |= ratio > most
+        print(f"{what}: {ratio:.2f} times as long, at most {most} claimed")
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ void kvq_cpu_lay_out(kvq_cpu *cpu, kvq_arena *arena) {
 
 /* ---- products ---------------------------------------------------------------------------- */
 
-/* Rows of a task are a multiple of ROWS_PER_TASK, as many as two of the widest vectors have lanes:
- * of fewer, a product would compute some twice (weight_kernels.inl). */
-enum { TOKENS_PER_TASK = 8, ROWS_PER_TASK = 32, MOST_TASKS = 256 };
+enum { TOKENS_PER_TASK = 8, MOST_TASKS = 256 };
 
 static int tasks_for(size_t n, size_t per_task) { return (int)((n + per_task - 1) / per_task); }
 
@@ -183,7 +181,7 @@ static void multiply(kvq_device *device, kvq_buffer x, const kvq_product *list, 
     (void)x; /* the step before made it the input */
     for (int i = 0; i < count; i++) {
         const size_t rows = list[i].w->rows, share = (rows + MOST_TASKS - 1) / MOST_TASKS;
-        p.per_task[i] = kvq_round_up(share, ROWS_PER_TASK);
+        p.per_task[i] = kvq_round_up(share, KVQ_PANEL_ROWS);
         p.tasks[i] = tasks_for(rows, p.per_task[i]);
         total += p.tasks[i];
     }

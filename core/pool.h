@@ -1,6 +1,7 @@
 /* pool.h: the threads of one session. They run numbered tasks; each thread begins with neighbours,
- * and helps the others when it is done. Which thread runs which task never changes a result, since
- * a task writes only what belongs to its number.
+ * and helps the others when it is done. Which thread runs which task never changes a result: a task
+ * writes only what belongs to its number, or, where the last of several puts their results together
+ * (kv_attend.c), does so in an order that is fixed.
  */
 #ifndef KVQ_POOL_H
 #define KVQ_POOL_H

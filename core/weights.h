@@ -2,7 +2,7 @@
  *
  * A format is a row of weights.def. Owns the rows, the reference dequantizers and the reference
  * product; the fast products stand in isa/. Knows no tensor names and no layers. Called by gguf.c
- * (sizes of rows), arch.c (which formats are supported) and forward.c (products).
+ * (sizes of rows), arch.c (which formats are supported) and device_cpu.c (products).
  */
 #ifndef KVQ_WEIGHTS_H
 #define KVQ_WEIGHTS_H
@@ -58,6 +58,10 @@ typedef struct kvq_activations {
                    */
     float *sums;  /* [n_tok][n_cols / 32]  sum of q over a block of 32 columns, exact */
 } kvq_activations;
+
+/* Rows that are taken together divide this on every instruction set: where a matrix is shared out
+ * in multiples of it, no row is computed twice. */
+#define KVQ_PANEL_ROWS 32
 
 /* y[t * y_stride + r] = sum over c of w[r][c] * x[t][c] for n_rows rows that start at `w`, each of
  * n_cols / block * bytes bytes. The result for one token does not depend on n_tok. `ahead` is

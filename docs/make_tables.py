@@ -304,21 +304,61 @@ def kernels() -> str:
                 str(c["d"]),
                 f"{c['bits']:.2f}",
                 *(
-                    f"{c[s][few]:.1f} / {c[s][many]:.1f}" if c[s] else ""
-                    for s in ("score", "accum")
+                    cell
+                    for side in ("score", "accum")
+                    for cell in (
+                        _of_queries(c[side], few, many, "{:.1f}"),
+                        _of_memory(c, side, "gb_per_s", few, many, "{:.1f}"),
+                        _of_memory(c, side, "share_of_limit", few, many, "{:.0%}"),
+                    )
                 ),
                 f"{c['encode']:.0f}",
             ]
             for c in data["codecs"]
         ]
-        head = "codec|width|bits|scores, 1 / 4 queries|sums, 1 / 4 queries|encoding"
+        head = (
+            "codec|width|bits|scores, in cache|from memory, GB/s|of the limit"
+            "|sums, in cache|from memory, GB/s|of the limit|encoding"
+        )
+        limits = data["limits"]
         told = (
-            f"{data['what']}, {data['isa']}, one block in the cache of the processor"
+            f"{data['what']}, {data['isa']}, for 1 / 4 queries. In cache: one block in the cache of"
+            f" the processor. From memory: {data['mebibytes_from_memory']} MiB of blocks, held"
+            f" against {limits['read_bytes'] / 1e9:.1f} GB/s and"
+            f" {limits['int8_operations'] / 1e9:.0f} Gop/s in int8, measured in the same run"
             f" ({data['machine']}, {data['date']}; `{data['command']}`,"
             f" `bench/results/{path.name}`)."
         )
-        parts += [told, table(head.split("|"), rows)]
+        parts += [told, table(head.split("|"), rows), *_skvq_shares(data, (few, many))]
     return "\n\n".join(parts) or "No measurement is kept: `make bench-kv`, then `make tables`."
+
+
+def _of_queries(values: Sequence[float] | None, few: int, many: int, form: str) -> str:
+    return f"{form.format(values[few])} / {form.format(values[many])}" if values else ""
+
+
+def _of_memory(codec: Json, side: str, key: str, few: int, many: int, form: str) -> str:
+    found = codec["from_memory"].get(side)
+    return _of_queries(found and found[key], few, many, form)
+
+
+def _skvq_shares(data: Json, indices: Sequence[int]) -> list[str]:
+    """A sentence on scores and sums of `skvq` together, in blocks from memory."""
+    codecs = {(c["codec"], c["d"]): c for c in data["codecs"]}
+    limits, told = data["limits"], []
+    for d in (64, 128):
+        keys, values = codecs[("u2", d)], codecs[("c8", d)]
+        n_bytes = (keys["bits"] + values["bits"]) * d / 8
+        of_limit = []
+        for i in indices:
+            taken = sum(
+                c["from_memory"][s]["ns"][i] for c, s in ((keys, "score"), (values, "accum"))
+            )
+            reading = n_bytes / limits["read_bytes"] * 1e9
+            computing = 4.0 * data["queries"][i] * d / limits["int8_operations"] * 1e9
+            of_limit.append(f"{max(reading, computing) / taken:.0%}")
+        told.append(f"{of_limit[0]} with 1 query and {of_limit[1]} with 4 at width {d}")
+    return [f"`skvq`, scores and sums together, is at {', '.join(told)} of its limit."]
 
 
 def topk() -> str:

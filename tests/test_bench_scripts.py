@@ -82,3 +82,16 @@ def test_a_run_tells_time_memory_and_output() -> None:
 def test_a_run_that_fails_is_an_error() -> None:
     with pytest.raises(subprocess.CalledProcessError):
         startup.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_contention_holds_its_claims_against_the_worst_cases() -> None:
+    results = [
+        {"n_threads": 2, "busy": False, "ratio": 1.0},
+        {"n_threads": 4, "busy": False, "ratio": 1.1},
+        {"n_threads": 8, "busy": False, "ratio": 1.3},
+        {"n_threads": 2, "busy": True, "ratio": 2.0},
+    ]
+    assert [(ratio, most) for _, ratio, most in contention.claims(results, 2)] == [
+        (2.0, 2.5),
+        (1.3, 1.2),
+    ]

@@ -5,97 +5,106 @@
 /* ---- mixed: keys of 8, 4, 2, 1 or no bits by channel -------------------------------------- */
 
 enum {
-    MIXED_PLANES = 5,            /* 8 bits are two planes of 4 */
-    MIXED_TOKENS = 2 * VF_LANES, /* that are summed side by side: two vectors */
-    MIXED_PADDED = KVQ_D_MAX + 32
+    MIXED_PLANES = 5,           /* 1 + run; 0: the high halves of codes of 8 bits */
+    MIXED_TOKENS = 2 * VF_LANES /* that are summed side by side: two vectors */
 };
 
 typedef struct mixed_plane {
-    int bits, run, units, at; /* at: where its part of a query begins */
+    int bits, units, at; /* at: where its part of a query begins */
 } mixed_plane;
 
 /* The queries of a group meet a block as integers, plane by plane:
  *     x . key[t] = x . mean + sum over planes of unit * (q . code[t] - middle * sum of q)
  * q has 8 bits and a unit of its own in each run, so a run of small products keeps its precision.
  */
-typedef struct mixed_query {
-    int8_t q[KVQ_D_MAX + 32 * KVQ_RUNS]; /* by pairs of units (vi_store_units) */
-    float unit[MIXED_PLANES], at_mean;
-} mixed_query;
+typedef struct mixed_queries {
+    int8_t q[KV_QUERIES][KVQ_D_MAX + 32 * KVQ_RUNS]; /* by pairs of units (vi_store_units) */
+    float unit[MIXED_PLANES][KV_QUERIES];
+    float factor[MIXED_PLANES][KV_QUERIES]; /* q = x * scale of the channel * factor */
+    float offset[KV_QUERIES];               /* what is not a product of q with codes */
+} mixed_queries;
 
 /* Returns the number of units of a token. */
 static inline size_t mixed_find_planes(mixed_plane planes[MIXED_PLANES], const kvq_kv_shape *sh) {
-    static const mixed_plane kinds[MIXED_PLANES] = {
-        {.bits = 4, .run = 0},
-        {.bits = 4, .run = 0}, /* the high halves of 8 bits, the low ones */
-        {.bits = 4, .run = 1},
-        {.bits = 2, .run = 2},
-        {.bits = 1, .run = 3}};
+    static const int bits[MIXED_PLANES] = {4, 4, 4, 2, 1};
     size_t n = 0;
     for (int i = 0, at = 0; i < MIXED_PLANES; i++) {
-        planes[i] = kinds[i];
-        planes[i].units = kvq_mixed_units(sh, kinds[i].run) >> (kinds[i].run == 0);
-        planes[i].at = at;
-        if (i > 0) at += (planes[i].units + 1) / 2 * (32 / kinds[i].bits); /* both halves: one */
+        const int run = i > 0 ? i - 1 : 0;
+        planes[i] = (mixed_plane){.bits = bits[i], .at = at};
+        planes[i].units = kvq_mixed_units(sh, run) >> (run == 0);
+        if (i > 0) at += (planes[i].units + 1) / 2 * (32 / bits[i]); /* both halves: one */
         n += (size_t)planes[i].units;
     }
     return n;
 }
 
-KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *planes,
-                             const float *x, const uint8_t *block, const kvq_kv_shape *sh) {
-    static const float middle[KVQ_RUNS] = {127.5f, 7.5f, 1.5f, 0.5f};
+/* The units of queries on a block, and their products with its mean. */
+KV_INLINE void mixed_measure(const int nq, mixed_queries *m, const float *x, const uint8_t *block,
+                             const kvq_kv_shape *sh) {
     const int d = sh->d;
     const int8_t *const means = (const int8_t *)block + KVQ_MIXED_HEADER;
     const uint8_t *scales = block + KVQ_MIXED_HEADER + d;
-    _Alignas(KVQ_ALIGN) float scaled[KV_QUERIES][MIXED_PADDED], totals[KV_QUERIES];
     vf sum[KV_QUERIES];
     for (int i = 0; i < KV_QUERIES; i++) sum[i] = vf_zero();
     for (int c = 0; c < d; c += VF_LANES) {
         const vf mean = vf_load_i8(means + c);
         KV_EACH(i, nq) sum[i] = vf_fma(vf_load(x + i * d + c), mean, sum[i]);
     }
-    vf_store_four(totals, vf_sums(sum));
-    KV_EACH(i, nq) m[i].at_mean = load_half(block) * totals[i];
+    vf_store_four(m->offset, vf_mul(vf_sums(sum), vf_set_half(block)));
     for (int plane = 1; plane < MIXED_PLANES; plane++) {
-        const int run = planes[plane].run, n = sh->run[run];
-        const float unit = load_half(block + 2 + 2 * run) * (1.0f / 127);
-        float largest[KV_QUERIES];
-        vf top[KV_QUERIES], inverse[KV_QUERIES];
-        vi q_sum[KV_QUERIES];
+        const int run = plane - 1, n = sh->run[run];
+        vf top[KV_QUERIES];
         if (n == 0) continue;
         for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
-        for (int c = 0; c < (int)kvq_round_up((size_t)n, 32); c += VF_LANES) {
+        for (int c = 0; c < n; c += VF_LANES) {
             const vf scale = vf_load_u8(scales + c); /* units lie behind the scales: times 0 */
             KV_EACH(i, nq) {
                 const vf y = vf_mul(vf_load_first(x + i * d + c, n - c), scale);
                 top[i] = vf_max_abs(top[i], y);
-                vf_store(scaled[i] + c, y);
             }
         }
-        vf_store_four(largest, vf_largests(top));
-        KV_EACH(i, nq) {
-            inverse[i] = vf_set(largest[i] > KV_NEGLIGIBLE ? 127.0f / largest[i] : 0.0f);
-            q_sum[i] = vi_zero();
-        }
+        const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE));
+        const vf unit =
+            vf_mul(largest, vf_mul(vf_set_half(block + 2 + 2 * run), vf_set(1.0f / 127)));
+        vf_store_four(m->factor[plane], vf_div(vf_set(127), largest));
+        vf_store_four(m->unit[plane], unit);
+        if (run == 0) vf_store_four(m->unit[0], vf_mul(unit, vf_set(16)));
+        x += n;
+        scales += n;
+    }
+}
+
+/* Queries in 8 bits, once they are measured. */
+KV_INLINE void mixed_round(const int nq, mixed_queries *m, const mixed_plane *planes,
+                           const float *x, const uint8_t *block, const kvq_kv_shape *sh) {
+    static const float middle[KVQ_RUNS] = {127.5f, 7.5f, 1.5f, 0.5f};
+    enum { VECTORS = 32 / VF_LANES };
+    const uint8_t *scales = block + KVQ_MIXED_HEADER + sh->d;
+    for (int plane = 1; plane < MIXED_PLANES; plane++) {
+        const int run = plane - 1, n = sh->run[run];
+        vf sum[KV_QUERIES];
+        vi q_sum[KV_QUERIES];
+        if (n == 0) continue;
+        for (int i = 0; i < KV_QUERIES; i++) q_sum[i] = vi_zero();
         for (int c = 0; c < n; c += 32) { /* what it writes too much, the next run mends */
+            vf scale[VECTORS];
+            for (int v = 0; v < VECTORS; v++) scale[v] = vf_load_u8(scales + c + v * VF_LANES);
             KV_EACH(i, nq) {
-                vi rounded[32 / VF_LANES];
-                for (int v = 0; v < 32 / VF_LANES; v++) {
-                    rounded[v] =
-                        vi_from_vf(vf_mul(vf_load(scaled[i] + c + v * VF_LANES), inverse[i]));
+                const vf factor = vf_set(m->factor[plane][i]);
+                vi rounded[VECTORS];
+                for (int v = 0; v < VECTORS; v++) {
+                    const int at = c + v * VF_LANES;
+                    const vf y = vf_mul(vf_load_first(x + i * sh->d + at, n - at), scale[v]);
+                    rounded[v] = vi_from_vf(vf_mul(y, factor));
                     q_sum[i] = vi_add(q_sum[i], rounded[v]);
                 }
-                vi_store_units(m[i].q + planes[plane].at + c, rounded, planes[plane].bits);
+                vi_store_units(m->q[i] + planes[plane].at + c, rounded, planes[plane].bits);
             }
         }
-        KV_EACH(i, nq) sum[i] = vf_from_vi(q_sum[i]);
-        vf_store_four(totals, vf_sums(sum));
-        KV_EACH(i, nq) {
-            m[i].unit[plane] = unit * largest[i];
-            m[i].at_mean -= m[i].unit[plane] * middle[run] * totals[i];
-            if (run == 0) m[i].unit[0] = 16.0f * m[i].unit[1];
-        }
+        for (int i = 0; i < KV_QUERIES; i++) sum[i] = vf_from_vi(q_sum[i]);
+        const vf unit = vf_load_first(m->unit[plane], KV_QUERIES);
+        const vf middles = vf_mul(vf_mul(unit, vf_set(middle[run])), vf_sums(sum));
+        vf_store_four(m->offset, vf_sub(vf_load_first(m->offset, KV_QUERIES), middles));
         x += n;
         scales += n;
     }
@@ -104,7 +113,7 @@ KV_INLINE void mixed_prepare(const int nq, mixed_query *m, const mixed_plane *pl
 /* Adds to `dot`, for MIXED_TOKENS tokens, the products with `units` units of `bits`-bit codes, two
  * at a time: four channels of a token to a lane. */
 KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], const uint8_t *codes,
-                         size_t stride, int units, const mixed_query *m, int at) {
+                         size_t stride, int units, const mixed_queries *m, int at) {
     const int fields = 8 / bits, top = (1 << bits) - 1;           /* fields: of a byte */
     const int most_units = vd_most(127 * top) / (2 * fields) * 2; /* that a sum can take */
     const bool at_once = most_units >= KVQ_D_MAX / 4;             /* known: one sum for all */
@@ -121,7 +130,7 @@ KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], co
                 vd_fields(code[0], packed[0], j, bits, low, next);
                 vd_fields(code[1], packed[1], j, bits, low, next);
                 KV_EACH(i, nq) {
-                    const v8 q = v8_load(m[i].q + at);
+                    const v8 q = v8_load(m->q[i] + at);
                     sum[i][0] = vd_add(sum[i][0], code[0][0], code[0][1], q);
                     sum[i][1] = vd_add(sum[i][1], code[1][0], code[1][1], q);
                 }
@@ -134,15 +143,15 @@ KV_INLINE void mixed_add(const int nq, const int bits, vi dot[KV_QUERIES][2], co
     } while (!at_once && units > 0);
 }
 
-KV_INLINE void mixed_score(const int nq, float *s, const mixed_query *m, const mixed_plane *planes,
-                           size_t stride, const uint8_t *block, ptrdiff_t ahead,
-                           const kvq_kv_shape *sh) {
+KV_INLINE void mixed_score(const int nq, float *s, const mixed_queries *m,
+                           const mixed_plane *planes, size_t stride, const uint8_t *block,
+                           ptrdiff_t ahead, const kvq_kv_shape *sh) {
     fetch_lines(block + ahead, kvq_mixed_units_at(sh));
     for (int t = 0; t < KVQ_BLOCK; t += MIXED_TOKENS) {
         const uint8_t *codes = block + kvq_mixed_units_at(sh) + (size_t)(t / 16) * stride;
         vf score[KV_QUERIES][2];
         fetch_lines(codes + ahead, MIXED_TOKENS / 16 * stride);
-        KV_EACH(i, nq) score[i][0] = score[i][1] = vf_set(m[i].at_mean);
+        KV_EACH(i, nq) score[i][0] = score[i][1] = vf_set(m->offset[i]);
         for (int plane = 0; plane < MIXED_PLANES; plane++) {
             const int bits = planes[plane].bits, units = planes[plane].units;
             const int at = planes[plane].at;
@@ -153,7 +162,7 @@ KV_INLINE void mixed_score(const int nq, float *s, const mixed_query *m, const m
             if (bits == 2) mixed_add(nq, 2, dot, codes, stride, units, m, at);
             if (bits == 1) mixed_add(nq, 1, dot, codes, stride, units, m, at);
             KV_EACH(i, nq) {
-                const vf unit = vf_set(m[i].unit[plane]);
+                const vf unit = vf_set(m->unit[plane][i]);
                 score[i][0] = vf_fma(vf_from_vi(dot[i][0]), unit, score[i][0]);
                 score[i][1] = vf_fma(vf_from_vi(dot[i][1]), unit, score[i][1]);
             }
@@ -167,12 +176,13 @@ KV_INLINE void score_mixed_group(const int nq, float *s, size_t stride, const fl
                                  const kvq_blocks *blocks, bool first_queries,
                                  const kvq_kv_shape *sh) {
     mixed_plane planes[MIXED_PLANES];
-    mixed_query m[KVQ_BLOCKS_AT_ONCE][KV_QUERIES];
+    mixed_queries m[KVQ_BLOCKS_AT_ONCE];
     const size_t to_next_tokens = mixed_find_planes(planes, sh) * 32;
-    for (int b = 0; b < blocks->n; b++) mixed_prepare(nq, m[b], planes, x, blocks->at[b], sh);
+    for (int b = 0; b < blocks->n; b++) mixed_measure(nq, &m[b], x, blocks->at[b], sh);
+    for (int b = 0; b < blocks->n; b++) mixed_round(nq, &m[b], planes, x, blocks->at[b], sh);
     for (int b = 0; b < blocks->n; b++, s += stride) {
         const ptrdiff_t ahead = to_ahead(blocks, b, first_queries);
-        mixed_score(nq, s, m[b], planes, to_next_tokens, blocks->at[b], ahead, sh);
+        mixed_score(nq, s, &m[b], planes, to_next_tokens, blocks->at[b], ahead, sh);
     }
 }
 

@@ -10,11 +10,11 @@
  * scale:
  *     sum[r] += scale_of_x * (the sum over blocks of
  *                             scale[r] * (codes[r] . q) + minimum[r] * (sum of q)).
- * For a token alone the codes are multiplied as
- * they are unpacked, in registers; for more they are kept on the stack, so that all share the
- * unpacking, and PANEL_VECTORS tiles, a panel, share each load of activations. Each sum is one
- * chain over the blocks from first to last, however many tokens and rows come together: their
- * number changes no bit of a result.
+ * For a token alone the codes are multiplied as they are unpacked, in registers; for more they are
+ * kept on the stack, so that all share the unpacking, and PANEL_VECTORS tiles, a panel, share each
+ * load of activations. Each sum is one chain over the tiles from first to last, and so is a tile's
+ * over its blocks, however many tokens and rows come together: their number changes no bit of a
+ * result.
  *
  * As |q| < 2^14, integers of a block stay inside i32:
  *     4 and 5 bits:  31 * 2^14 * 32 < 2^24, exact in f32 too
@@ -251,6 +251,7 @@ WEIGHT_INLINE void unpack_Q6_K(weight_tile *tile, const vi *words, int n, const 
 /* ---- the product of quantized weights ---------------------------------------------------- */
 
 _Static_assert(TILE_BLOCKS * 32 == KVQ_ACTIVATION_RUN, "the activations of a tile share a scale");
+_Static_assert(KVQ_PANEL_ROWS % (PANEL_VECTORS * VF_LANES) == 0, "whole panels");
 
 /* The activations of the first of some tokens, at the first column of a tile; those of the others
  * follow, each in its row. */

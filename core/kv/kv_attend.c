@@ -8,7 +8,6 @@
 #include "kv/kv_attend.h"
 
 #include <math.h>
-#include <stdatomic.h>
 
 enum {
     TILE_QUERIES = 32, /* queries that are worked on together, while blocks are near */
@@ -34,8 +33,9 @@ typedef struct scratch {
 static size_t score_floats(const kvq_attention *a) {
     return (size_t)at_least(SCORES_AT_ONCE, a->tile * a->group * KVQ_BLOCK);
 }
-static size_t running_floats(const kvq_attention *a) {
-    return (size_t)(a->tile * a->group) * (size_t)(a->d + 2);
+static size_t running_floats(const kvq_attention *a) { /* whole lines: threads write neighbours */
+    return kvq_round_up((size_t)(a->tile * a->group) * (size_t)(a->d + 2),
+                        KVQ_ALIGN / sizeof(float));
 }
 static size_t wave_floats(const kvq_attention *a) {
     return (size_t)(a->tile * a->group) * KVQ_WAVE_FACTORS;
@@ -70,7 +70,7 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
         at_most((ring->max_blocks + SEGMENT_BLOCKS - 1) / SEGMENT_BLOCKS, MOST_SEGMENTS) + 1;
 
     const size_t d = (size_t)a->d, kv_heads = (size_t)a->n_kv_heads, batch = (size_t)n_batch;
-    const size_t queries = (size_t)n_heads * batch, tile = (size_t)a->tile * (size_t)a->group;
+    const size_t queries = (size_t)n_heads * batch;
     a->q = kvq_arena_take(arena, queries * d * sizeof *a->q);
     a->q16 = kvq_arena_take(arena, queries * (size_t)kvq_x16_stride(a->d) * sizeof *a->q16);
     a->q_unit = kvq_arena_take(arena, queries * sizeof *a->q_unit);
@@ -78,7 +78,7 @@ void kvq_attention_lay_out(kvq_attention *a, kvq_arena *arena, const kvq_ring *r
     for (int side = 0; side < KVQ_SIDES; side++) {
         a->rows[side] = kvq_arena_take(arena, kv_heads * batch * d * sizeof *a->rows[side]);
     }
-    a->partial = kvq_arena_take(arena, kv_heads * (size_t)a->max_segments * tile * (d + 2) *
+    a->partial = kvq_arena_take(arena, kv_heads * (size_t)a->max_segments * running_floats(a) *
                                            sizeof *a->partial);
     a->parts_left = kvq_arena_take(arena, kv_heads * sizeof *a->parts_left);
     const size_t blocks = a->top_blocks ? kv_heads * (size_t)ring->max_blocks : 0;
@@ -279,7 +279,7 @@ static void add_waves(const kvq_attention *a, const kvq_ring *ring, const kvq_wa
     const float *waves[KVQ_WAVE_FACTORS];
     kvq_wave_turn(turned, on, n, wave, ring->turns, block);
     for (int j = 0; j < 2 * wave->n; j++) {
-        waves[j] = kvq_wave_within(ring->turns, wave->pair[j % wave->n], j / wave->n);
+        waves[j] = kvq_wave_of_factor(ring->turns, wave, j);
     }
     kvq_run_add_waves(a->isa, s, turned, n, waves, 2 * wave->n);
 }
@@ -404,8 +404,7 @@ static void choose_blocks(void *context, int kv_head, int worker) {
     float wave_mean[KVQ_WAVE_FACTORS], turned[KVQ_WAVE_FACTORS];
     int n = 0;
     for (int j = 0; j < 2 * wave->n; j++) {
-        const float *const within =
-            kvq_wave_within(ring->turns, wave->pair[j % wave->n], j / wave->n);
+        const float *const within = kvq_wave_of_factor(ring->turns, wave, j);
         wave_mean[j] = 0;
         for (int t = 0; t < KVQ_BLOCK; t++) wave_mean[j] += within[t] * (1.0f / KVQ_BLOCK);
     }
@@ -481,7 +480,7 @@ static void attend_tile(void *context, int task, int worker) {
 static running partial_of(const call *c, int kv_head, int segment, int n) {
     const kvq_attention *const a = c->a;
     const size_t i = (size_t)kv_head * (size_t)a->max_segments + (size_t)segment;
-    return running_at(a->partial + i * (size_t)(a->tile * a->group) * (size_t)(a->d + 2), n, a->d);
+    return running_at(a->partial + i * running_floats(a), n, a->d);
 }
 
 static void merge_parts(const call *c, int kv_head, running total, int n) {

@@ -2,7 +2,7 @@
  *
  * The cache is never expanded: scores are taken on the codes of sealed blocks, values are summed
  * from them. Softmax is online, a few blocks at a time. Owns the scratch it works in; knows no
- * layer and no model. Called by forward.c.
+ * layer and no model. Called by device_cpu.c.
  */
 #ifndef KVQ_KV_ATTEND_H
 #define KVQ_KV_ATTEND_H
@@ -31,8 +31,9 @@ typedef struct kvq_attention {
     float *q_unit; /* [n_kv_heads][n_batch][group] */
     float *sink_score;         /* [n_kv_heads][n_batch][group] the largest of a query with a sink */
     uint16_t *rows[KVQ_SIDES]; /* [n_kv_heads][n_batch][d] keys and values of the new tokens */
-    float *partial;            /* [n_kv_heads][max_segments][tile * group][d + 2] */
-    atomic_int *parts_left;    /* [n_kv_heads] of a single tile, those not yet attended */
+    float *partial;            /* [n_kv_heads][max_segments][tile * group][d + 2], padded */
+    atomic_int *parts_left;    /* [n_kv_heads] segments of a single tile that are still to be
+                                  attended */
     float *estimate;           /* [n_kv_heads][2][max_blocks] with top_blocks */
     int *chosen;               /* [n_kv_heads][max_blocks] the same */
     float *worker;             /* [n_threads] scratch of each */

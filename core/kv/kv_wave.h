@@ -17,6 +17,8 @@
 
 #include "kv/kv_format.h"
 
+enum { KVQ_WAVE_FACTORS = 2 * KVQ_WAVES }; /* of a query, at most */
+
 /* Of one KV head, in the coordinates of its keys' basis. */
 typedef struct kvq_wave {
     int n;                /* pairs; 0: none */
@@ -35,20 +37,24 @@ typedef struct kvq_turns {
 void kvq_wave_add(float *x, const kvq_wave *wave, const kvq_turns *turns, int block, float sign,
                   int d);
 
-enum { KVQ_WAVE_FACTORS = 2 * KVQ_WAVES }; /* of a query, at most */
+/* What a query has of each pair: wave->n factors of cosines and behind them as many of sines, in a
+ * row of KVQ_WAVE_FACTORS. (Kernels of CUDA have them in turns.) */
 
-/* on[2][wave->n]: the products of one query, in the keys' basis, with u, and with w, of each pair.
- */
+/* on: the products of one query, in the keys' basis, with u and with w. */
 void kvq_wave_project(float *on, const kvq_wave *wave, const float *query, int d);
 
-/* Of n queries, turned[n][KVQ_WAVE_FACTORS]: the factors [2][wave->n] of cosines and sines of the
- * positions within a block. */
+/* turned: the factors of n queries for positions within a block, from those `on`. */
 void kvq_wave_turn(float *turned, const float *on, int n, const kvq_wave *wave,
                    const kvq_turns *turns, int block);
 
 /* cos (0) or sin (1) of a pair at positions 0 .. 63. */
 static inline const float *kvq_wave_within(const kvq_turns *turns, int pair, int which) {
     return turns->within + ((size_t)pair * 2 + (size_t)which) * KVQ_BLOCK;
+}
+
+/* The same of what factor i of a query stands before. */
+static inline const float *kvq_wave_of_factor(const kvq_turns *turns, const kvq_wave *wave, int i) {
+    return kvq_wave_within(turns, wave->pair[i % wave->n], i / wave->n);
 }
 
 /* s[n][KVQ_BLOCK] += sum over j of factor[i][j] * wave[j][t], for n_waves waves and n rows of

@@ -147,7 +147,9 @@ static const char *ring_holds_every_token(void) {
 /* How far a pair is turned at a position. */
 static double turned_by(int position, int pair) { return position / (1.0 + 0.7 * pair); }
 
-enum { A_HEADS = 18, A_KV_HEADS = 2, A_MOST_D = 256, A_CTX = 600 };
+enum { A_HEADS = 18, A_KV_HEADS = 2, A_MOST_D = KVQ_D_MAX };
+/* Tokens: of some blocks, and of several segments of blocks (kv_attend.c). */
+enum { A_CTX = 600, A_LONG = 1300 };
 
 /* The cache as plain numbers: what kv_ring.h says the ring holds, decoded, in the basis of the
  * scheme. */
@@ -184,7 +186,7 @@ typedef struct bench {
 } bench;
 
 static const kvq_turns *make_turns(int sinks) {
-    enum { PAIRS = PROFILE_D / 2, BLOCKS = A_CTX / KVQ_BLOCK };
+    enum { PAIRS = PROFILE_D / 2, BLOCKS = A_LONG / KVQ_BLOCK };
     static float within[PAIRS * 2 * KVQ_BLOCK], first[BLOCKS * PAIRS * 2];
     static const kvq_turns turns = {.n_pairs = PAIRS, .within = within, .first = first};
     for (int pair = 0; pair < PAIRS; pair++) {
@@ -201,8 +203,8 @@ static const kvq_turns *make_turns(int sinks) {
     return &turns;
 }
 
-static const char *open_bench(bench *b, const char *scheme, int d_head, int sinks, int n_batch,
-                              int n_threads) {
+static const char *open_bench(bench *b, const char *scheme, int d_head, int n_ctx, int sinks,
+                              int n_batch, int n_threads) {
     memset(b, 0, sizeof *b);
     if (kvq_isa_choose(&b->a.isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
     if (kvq_pool_open(&b->a.pool, n_threads, false) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
@@ -217,7 +219,7 @@ static const char *open_bench(bench *b, const char *scheme, int d_head, int sink
             kv.used = scratch.used = 0;
         }
         kvq_ring_lay_out(&b->ring, &kv, &bytes, b->tracks, make_turns(sinks), A_KV_HEADS, d_head,
-                         sinks, 64, A_CTX);
+                         sinks, 64, n_ctx);
         kvq_attention_lay_out(&b->a, &scratch, &b->ring, A_HEADS, d_head, n_batch, n_threads);
     }
     return NULL;
@@ -233,9 +235,9 @@ static float a_q[A_CTX * A_HEADS * A_MOST_D], a_k[A_CTX * A_KV_HEADS * A_MOST_D]
     a_v[A_CTX * A_KV_HEADS * A_MOST_D];
 static float a_out[A_CTX * A_HEADS * A_MOST_D], a_other[A_CTX * A_HEADS * A_MOST_D];
 
-static void make_inputs(int d_head) {
-    const size_t n_q = (size_t)(A_CTX * A_HEADS * d_head);
-    const size_t n_kv = (size_t)(A_CTX * A_KV_HEADS * d_head);
+static void make_inputs(int d_head, int n_ctx) {
+    const size_t n_q = (size_t)(n_ctx * A_HEADS * d_head);
+    const size_t n_kv = (size_t)(n_ctx * A_KV_HEADS * d_head);
     test_normals(a_q, n_q, 21);
     test_normals(a_k, n_kv, 22);
     test_normals(a_v, n_kv, 23);
@@ -258,11 +260,11 @@ static void run_bench(bench *b, float *out, int first, int end, int step, bool s
 /* What head h of token t must get, by plain loops in f64 over the decoded ring and the token itself
  * as halves. */
 static void attend_plainly(float *out, const bench *b, int t, int h) {
-    static float keys[A_CTX * A_MOST_D], values[A_CTX * A_MOST_D];
+    static float keys[A_CTX * A_MOST_D], values[A_CTX * A_MOST_D]; /* or A_LONG narrow ones */
     const int kv_head = h / (A_HEADS / A_KV_HEADS), d = b->a.d, d_head = b->a.d_head;
     const size_t bytes = (size_t)d_head * sizeof(float);
     float q[A_MOST_D] = {0};
-    double score[A_CTX], most = -1e30, sum = 0, o[A_MOST_D] = {0};
+    double score[A_LONG], most = -1e30, sum = 0, o[A_MOST_D] = {0};
     decode_ring(&b->ring, kv_head, KVQ_KEYS, keys);
     decode_ring(&b->ring, kv_head, KVQ_VALUES, values);
     memset(keys + t * d, 0, (size_t)d * sizeof *keys);
@@ -292,13 +294,13 @@ static void attend_plainly(float *out, const bench *b, int t, int h) {
     kvq_basis_restore(&b->ring.track[KVQ_VALUES][kv_head].basis, &kvq_isa_ref, out, 1, d);
 }
 
-static const char *check_attention(const char *scheme, int d_head, int sinks) {
-    const int t = A_CTX - 1;
+static const char *check_attention(const char *scheme, int d_head, int n_ctx, int sinks) {
+    const int t = n_ctx - 1;
     bench b;
     float expected[A_HEADS][A_MOST_D];
-    const char *const broken = open_bench(&b, scheme, d_head, sinks, 1, 2);
+    const char *const broken = open_bench(&b, scheme, d_head, n_ctx, sinks, 100, 2);
     if (broken) return broken;
-    run_bench(&b, a_out, 0, t, 1, false);
+    run_bench(&b, a_out, 0, t, 100, false);
     for (int h = 0; h < A_HEADS; h++) attend_plainly(expected[h], &b, t, h);
     run_bench(&b, a_out, t, t + 1, 1, false);
     close_bench(&b);
@@ -320,57 +322,99 @@ static const char *check_attention(const char *scheme, int d_head, int sinks) {
 
 static const char *attention_is_softmax_over_the_cache(void) {
     static const int sinks[] = {5, 0, 70};
-    make_inputs(PROFILE_D);
+    make_inputs(PROFILE_D, A_CTX);
     for (int32_t i = 0; i < kvq_scheme_count() * 3; i++) {
         kvq_scheme_info info;
         if (kvq_scheme_describe(i / 3, PROFILE_D, &info) != KVQ_OK) {
             return TEST_FAIL("%s", kvq_error());
         }
-        const char *const broken = check_attention(info.name, PROFILE_D, sinks[i % 3]);
+        const char *const broken = check_attention(info.name, PROFILE_D, A_CTX, sinks[i % 3]);
         if (broken) return broken;
     }
     return NULL;
 }
 
-/* Of the schemes that have a form for a width without a profile. 40 is padded to 48. */
-static const char *attention_at_other_widths(void) {
+/* Schemes without a profile that among them have every codec and basis that needs none. 40 is
+ * padded to 48. */
+static const char *attention_at_other_widths_without_profile(void) {
     static const int widths[] = {16, 40, 80, 128, A_MOST_D};
+    static const char *const schemes[] = {"f16",      "skvq", "skvq-k2v2", "asymkv",
+                                          "asymkv-4", "nqkv", "nqkv-3",    "nqkv-2"};
     for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
-        int checked = 0;
-        make_inputs(widths[w]);
-        for (int32_t i = 0; i < kvq_scheme_count(); i++) {
-            kvq_scheme_info info;
-            if (kvq_scheme_describe(i, widths[w], &info) != KVQ_OK ||
-                info.profile == KVQ_PROFILE_NEEDED) {
-                continue;
-            }
-            const char *const broken = check_attention(info.name, widths[w], 5);
+        make_inputs(widths[w], A_CTX);
+        for (size_t i = 0; i < sizeof schemes / sizeof *schemes; i++) {
+            const char *const broken = check_attention(schemes[i], widths[w], A_CTX, 5);
             if (broken) return broken;
-            checked++;
         }
-        TEST_CHECK(checked >= 5);
+    }
+    return NULL;
+}
+
+static const char *check_cuts(const char *scheme, int n_ctx, int trials) {
+    static const int steps[] = {1, 7, 64, 100};
+    const size_t bytes = (size_t)(n_ctx * A_HEADS * PROFILE_D) * sizeof *a_out;
+    for (int k = 0; k < trials; k++) {
+        bench b;
+        const char *const broken = open_bench(&b, scheme, PROFILE_D, n_ctx, 5, 100, 1 + k % 3);
+        if (broken) return broken;
+        run_bench(&b, k ? a_other : a_out, 0, n_ctx, steps[k % 4], true);
+        close_bench(&b);
+        if (k && memcmp(a_out, a_other, bytes) != 0) {
+            return TEST_FAIL("%s: passes of %d tokens on %d threads change the result", scheme,
+                             steps[k % 4], 1 + k % 3);
+        }
     }
     return NULL;
 }
 
 static const char *attention_does_not_depend_on_cuts_or_threads(void) {
-    static const int steps[] = {1, 7, 64, 100};
-    make_inputs(PROFILE_D);
+    make_inputs(PROFILE_D, A_CTX);
     for (int32_t i = 0; i < kvq_scheme_count(); i++) {
         kvq_scheme_info info;
         if (kvq_scheme_describe(i, PROFILE_D, &info) != KVQ_OK) {
             return TEST_FAIL("%s", kvq_error());
         }
-        for (int k = 0; k < 8; k++) {
-            const size_t bytes = A_CTX * A_HEADS * PROFILE_D * sizeof *a_out;
-            bench b;
-            const char *const broken = open_bench(&b, info.name, PROFILE_D, 5, 100, 1 + k % 3);
-            if (broken) return broken;
-            run_bench(&b, k ? a_other : a_out, 0, A_CTX, steps[k % 4], true);
-            close_bench(&b);
-            if (k && memcmp(a_out, a_other, bytes) != 0) {
-                return TEST_FAIL("%s: passes of %d tokens on %d threads change the result",
-                                 info.name, steps[k % 4], 1 + k % 3);
+        const char *const broken = check_cuts(info.name, A_CTX, 8);
+        if (broken) return broken;
+    }
+    return NULL;
+}
+
+static const char *both_hold_over_several_segments(void) {
+    static const char *const schemes[] = {"skvq", "auto"};
+    make_inputs(PROFILE_D, A_LONG);
+    for (size_t i = 0; i < sizeof schemes / sizeof *schemes; i++) {
+        const char *broken = check_attention(schemes[i], PROFILE_D, A_LONG, 5);
+        if (!broken) broken = check_cuts(schemes[i], A_LONG, 3);
+        if (broken) return broken;
+    }
+    return NULL;
+}
+
+/* ---- waves ------------------------------------------------------------------------------- */
+
+static const char *waves_match_the_reference(void) {
+    enum { MOST = 9 };
+    static const int pairs[] = {0, 1, 3, KVQ_WAVES};
+    static float s[MOST * KVQ_BLOCK], t[MOST * KVQ_BLOCK], factor[MOST * KVQ_WAVE_FACTORS];
+    static float samples[KVQ_WAVE_FACTORS * KVQ_BLOCK];
+    const float *waves[KVQ_WAVE_FACTORS];
+    const kvq_isa *isa;
+    if (kvq_isa_choose(&isa) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    test_normals(factor, sizeof factor / sizeof *factor, 41);
+    test_normals(samples, sizeof samples / sizeof *samples, 42);
+    for (int j = 0; j < KVQ_WAVE_FACTORS; j++) waves[j] = samples + j * KVQ_BLOCK;
+    for (size_t p = 0; p < sizeof pairs / sizeof *pairs; p++) {
+        for (int n = 1; n <= MOST; n++) {
+            test_normals(s, sizeof s / sizeof *s, 43);
+            memcpy(t, s, sizeof s);
+            kvq_run_add_waves(isa, s, factor, n, waves, 2 * pairs[p]);
+            kvq_add_waves_reference(t, factor, n, waves, 2 * pairs[p]);
+            for (int i = 0; i < MOST * KVQ_BLOCK; i++) {
+                if (!(fabsf(s[i] - t[i]) <= 1e-5f)) {
+                    return TEST_FAIL("%d pairs, score %d of %d queries: %g, expected %g", pairs[p],
+                                     i, n, (double)s[i], (double)t[i]);
+                }
             }
         }
     }
@@ -407,8 +451,11 @@ const kvq_test tests_kv[] = {
     {"kv: the maps of bases are the references' to the bit", bases_are_the_references_to_the_bit},
     {"kv: the ring holds every token where it says", ring_holds_every_token},
     {"kv: attention is softmax over the decoded cache", attention_is_softmax_over_the_cache},
-    {"kv: the same at other widths of heads", attention_at_other_widths},
+    {"kv: the same at other widths of heads, without a profile",
+     attention_at_other_widths_without_profile},
     {"kv: attention does not depend on cuts or threads",
      attention_does_not_depend_on_cuts_or_threads},
+    {"kv: both hold over several segments of a long context", both_hold_over_several_segments},
+    {"kv: waves are added as the reference adds them", waves_match_the_reference},
     {NULL, NULL},
 };
