@@ -5,10 +5,9 @@
  * reading of plain halves, and mixed is shown twice, without and with channels of 8 bits. Blocks
  * lie one after the other over more memory than the caches hold, as in a long context: an argument
  * gives another size in MiB (the default is 64 per codec), and 0 reads one block again and again,
- * which shows the arithmetic alone. Kernels
- * fetch what they read next, as in attention. Weights are small beside what the result will be
- * divided by, as most are beside those of sinks. A codec without a kernel on the instruction set,
- * such as values' codecs for scores, is left out.
+ * which shows the arithmetic alone. Kernels fetch what they read next, as in attention. Weights are
+ * small beside what the result will be divided by, as most are beside those of sinks. A codec
+ * without a kernel on the instruction set, such as values' codecs for scores, is left out.
  *
  * Time is that of the processor, since others may use it as well. Best of several runs.
  *
@@ -106,7 +105,7 @@ static void run_encode(work *w) {
 /* ns per token: the best of several runs, for the machine may be shared. */
 static double time_of(void (*run)(work *w), work *w, int n_blocks) {
     double best = 1e30, spent = 0;
-    for (int i = 0; i < 4 || (spent < 0.05 && i < 1000); i++) {
+    for (int i = 0; i < 4 || (spent < 0.2 && i < 1000); i++) {
         const double start = seconds();
         run(w);
         const double taken = seconds() - start;

@@ -343,22 +343,33 @@ def _of_memory(codec: Json, side: str, key: str, few: int, many: int, form: str)
 
 
 def _skvq_shares(data: Json, indices: Sequence[int]) -> list[str]:
-    """A sentence on scores and sums of `skvq` together, in blocks from memory."""
+    """A table of what scores and sums of `skvq` together reach of their limit."""
     codecs = {(c["codec"], c["d"]): c for c in data["codecs"]}
-    limits, told = data["limits"], []
+    limits, rows = data["limits"], []
     for d in (64, 128):
         keys, values = codecs[("u2", d)], codecs[("c8", d)]
-        n_bytes = (keys["bits"] + values["bits"]) * d / 8
-        of_limit = []
+        reading = (keys["bits"] + values["bits"]) * d / 8 / limits["read_bytes"] * 1e9
         for i in indices:
-            taken = sum(
-                c["from_memory"][s]["ns"][i] for c, s in ((keys, "score"), (values, "accum"))
+            queries = data["queries"][i]
+            computing = 4.0 * queries * d / limits["int8_operations"] * 1e9
+            limit = max(reading, computing)
+            cached = keys["score"][i] + values["accum"][i]
+            of_keys, of_values = keys["from_memory"]["score"], values["from_memory"]["accum"]
+            from_memory = of_keys["ns"][i] + of_values["ns"][i]
+            rows.append(
+                [
+                    str(d),
+                    str(queries),
+                    f"{limit:.2f}",
+                    "reading" if reading > computing else "computing",
+                    f"{from_memory:.2f}",
+                    f"{limit / from_memory:.0%}",
+                    f"{computing / cached:.0%}",
+                ]
             )
-            reading = n_bytes / limits["read_bytes"] * 1e9
-            computing = 4.0 * data["queries"][i] * d / limits["int8_operations"] * 1e9
-            of_limit.append(f"{max(reading, computing) / taken:.0%}")
-        told.append(f"{of_limit[0]} with 1 query and {of_limit[1]} with 4 at width {d}")
-    return [f"`skvq`, scores and sums together, is at {', '.join(told)} of its limit."]
+    head = "width|queries|limit, ns|which|from memory, ns|of the limit|in cache, of the int8 peak"
+    told = f"The same of `skvq`, {data['isa']}, scores and sums together:"
+    return [told, table(head.split("|"), rows)]
 
 
 def topk() -> str:
