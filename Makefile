@@ -194,7 +194,7 @@ quality: ext ## measure what each KV scheme costs, on both models (needs PYKVQ_D
 
 SPEED = --fill --kv skvq,auto,f16,q8_0 --peer-kv f16,q8_0 --repetitions 5 --prompt-depth 0
 
-speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; some 10 minutes)
+speed: ext ## measure speed by depth beside llama.cpp, on both models (needs llama-cpp-python; a quarter of an hour)
 	$(PY) bench/speed.py smollm2 --depths 0,2048,8192 $(SPEED)
 	$(PY) bench/speed.py qwen2.5-coder-0.5b --depths 0,8192,32768 $(SPEED)
 	$(PY) bench/speed.py smollm2 --depths 0 --prompt 8192 --generate 0 --kv skvq --peer-kv f16 --repetitions 3
