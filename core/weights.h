@@ -39,7 +39,7 @@ bool kvq_ggml_type_size(uint32_t ggml_id, const char **name, uint32_t *block, ui
 
 /* Columns whose quantized activations share a scale; the last of a row may be fewer. With a scale
  * for each 32, logits would be nearer to float32 by up to 3e-6 nats, and products for a prompt take
- * 6 % longer (docs/speed.md). */
+ * some 5 % longer (docs/speed.md). */
 #define KVQ_ACTIVATION_RUN 256
 
 /* Scales of a row. */
