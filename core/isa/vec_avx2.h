@@ -106,9 +106,11 @@ static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 #define PANEL_VECTORS 2 /* of rows that share a load of activations */
 #define TILE_TOKENS 4   /* that share a load of codes: eight sums */
 
-/* Asks for the cache line at p, which may be any address. A macro, because gcc deems a function
- * that only prefetches pure and drops the calls. */
-#define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+/* Asks for the cache line at p, which may be any address, to come into L2: what is used next and
+ * what is fetched for later are more than an L1 of 32 KB holds, and lines that drive each other out
+ * of it cost more than those that are loaded from L2. A macro, because gcc deems a function that
+ * only prefetches pure and drops the calls. */
+#define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 
 static inline float vf_first(vf a) { return _mm256_cvtss_f32(a); } /* lane 0 */
 static inline vf vf_load_bf16(const void *p) {

@@ -77,7 +77,7 @@ static inline vb vb_and(vb a, vb b) { return _mm512_and_si512(a, b); }
 #define PANEL_VECTORS 2 /* of rows that share a load of activations */
 #define TILE_TOKENS 8   /* that share a load of codes: sixteen sums */
 
-#define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+#define prefetch_line(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 
 /* Two i16 to a lane. */
 static inline vi vi_set16(int16_t x) { return _mm512_set1_epi16(x); }
