@@ -36,7 +36,7 @@ def model_slug(model: str) -> str:
 
 
 def machine_slug() -> str:
-    """The processor and its cores as a part of a file's name: "amd-epyc-2"."""
+    """The processor and its cores as a part of a file's name."""
     return slug(f"{processor()} {os.cpu_count()}")
 
 

@@ -42,7 +42,8 @@ typedef struct products {
 } products;
 
 /* The matrix of a task, and its first row there; NULL if there is no such task. The task after its
- * own is what a thread most likely takes next (not so at the end of its share). */
+ * own is what a thread most likely takes next (not so at the end of its share, nor once it takes
+ * those of others, from their ends). */
 static const kvq_product *rows_of(const products *p, int task, size_t *first) {
     int i = 0;
     while (i < p->count && task >= p->tasks[i]) task -= p->tasks[i++];

@@ -352,8 +352,9 @@ kvq_status kvq_session_simulate(kvq_session *session, kvq_simulator simulator, v
 /* Allocations made by the core since the process started: evaluating leaves it unchanged. */
 uint64_t kvq_alloc_calls(void);
 
-/* What this machine can do at most, as measured now with n_threads threads (0: the number of online
- * processors) and the instruction set that sessions use. A measurement takes about a second. */
+/* What this machine can do at most, as measured now with n_threads threads (0: one per processor
+ * that the process may use; never more than that) and the instruction set that sessions use. A
+ * measurement takes about a second. */
 typedef struct kvq_machine_limits {
     const char *isa;
     int32_t n_threads;

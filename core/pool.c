@@ -2,7 +2,9 @@
  *
  * A step is some hundred jobs of a few dozen microseconds, so a worker that slept at once would
  * spend the step waking up; one that spun on would burn a core between steps. Both sides therefore
- * watch the state for SPINS turns (tens of microseconds) before they wait on a condition.
+ * watch the state for SPINS turns (tens of microseconds) before they wait on a condition. Now and
+ * then they offer their processor to others: where there are fewer of them than threads, the very
+ * thread that is waited for may need it.
  *
  * Each thread has a share of a job's tasks, neighbours, and takes them in order, so that it can
  * fetch what comes next; when they are done, it takes the last ones of others. One 64-bit word says
@@ -19,6 +21,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 
 #include "clock.h"
@@ -35,6 +38,7 @@
 
 enum {
     SPINS = 4000,
+    SPINS_BETWEEN_OFFERS = 256,
     STACK_BYTES = 2 << 20, /* the reference decodes a block on the stack */
     MOST_IN_JOB = (1 << 20) - 1,
     JOBS = 1 << 24,
@@ -43,6 +47,12 @@ enum {
     LEAST_PAUSE_NS = 8000000, /* of threads that are left out */
     MOST_PAUSE_NS = 256000000,
 };
+
+/* The i-th turn of waiting for another thread. */
+static void spin(int i) {
+    if ((i + 1) % SPINS_BETWEEN_OFFERS == 0) sched_yield();
+    cpu_relax();
+}
 
 /* One thread; the caller's is the first. */
 typedef struct worker {
@@ -152,7 +162,7 @@ static void *worker_main(void *argument) {
     for (;;) {
         uint32_t job = atomic_load(&pool->job);
         for (int i = 0; i < SPINS && job == seen && is_active(pool, self->number); i++) {
-            cpu_relax();
+            spin(i);
             job = atomic_load_explicit(&pool->job, memory_order_acquire);
         }
         if (job == seen || !is_active(pool, self->number)) {
@@ -188,7 +198,7 @@ static void leave_out(kvq_pool *pool, uint64_t now) {
 /* Waits for tasks that others have taken; returns for how many nanoseconds, 0 if they were done
  * soon. */
 static uint64_t wait_for_others(kvq_pool *pool) {
-    for (int i = 0; i < SPINS && atomic_load(&pool->unfinished) > 0; i++) cpu_relax();
+    for (int i = 0; i < SPINS && atomic_load(&pool->unfinished) > 0; i++) spin(i);
     if (atomic_load(&pool->unfinished) == 0) return 0;
     const uint64_t slept = kvq_now_ns();
     pthread_mutex_lock(&pool->lock);

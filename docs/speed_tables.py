@@ -64,22 +64,38 @@ def _shown(value: float | None, form: str) -> str:
 # ---- speed by depth -------------------------------------------------------------------------
 
 
+def by_machine(kind: str) -> list[tuple[str, list[tuple[Path, Json]]]]:
+    """The records of a kind by machine, the machine that was measured last first."""
+    machines: dict[str, list[tuple[Path, Json]]] = {}
+    for path, data in records(kind):
+        machines.setdefault(data["machine"], []).append((path, data))
+    return sorted(
+        machines.items(), key=lambda item: max(data["date"] for _, data in item[1]), reverse=True
+    )
+
+
 def speed(page: Path) -> str:
-    """All that bench/results/speed-*.json say, model by model, with a plot of each."""
+    """All that bench/results/speed-*.json say, by machine and model, with a plot of each."""
     parts = []
-    for path, data in records("speed"):
-        plot = IMAGES / f"{path.stem}.svg"
-        title = title_of(data["model"]["file"], data["model"]["name"])
-        parts += [
-            f"### {title}{'' if 'ratios' in data else ', alone'}",
-            _about_speed(path, data, page),
-            f"![Milliseconds per token by depth of {title}]({link_to(plot, page)})",
-            _generation(data),
-            *_prompts(data),
-            *_ratios(data),
-            _costs(data),
-        ]
+    for machine, found in by_machine("speed"):
+        parts.append(f"### {machine}")
+        for path, data in found:
+            parts += _speed_of(path, data, page)
     return "\n\n".join(parts) or _missing("make speed")
+
+
+def _speed_of(path: Path, data: Json, page: Path) -> list[str]:
+    plot = IMAGES / f"{path.stem}.svg"
+    title = title_of(data["model"]["file"], data["model"]["name"])
+    return [
+        f"#### {title}{'' if 'ratios' in data else ', alone'}",
+        _about_speed(path, data, page),
+        f"![Milliseconds per token by depth of {title}]({link_to(plot, page)})",
+        _generation(data),
+        *_prompts(data),
+        *_ratios(data),
+        _costs(data),
+    ]
 
 
 def _about_speed(path: Path, data: Json, page: Path) -> str:
@@ -200,13 +216,18 @@ def prompts(page: Path) -> str:
 
 
 def speed_short(page: Path) -> str:
-    """Prompt, generation at depth 0 and at the deepest, beside llama.cpp's best, per model."""
+    """Prompt, generation at depth 0 and at the deepest, beside llama.cpp's best, per model.
+
+    Of each model the record that was made last.
+    """
+    latest: dict[str, tuple[Path, Json]] = {}
+    for path, data in sorted(records("speed"), key=lambda item: str(item[1]["date"])):
+        if "ratios" in data:
+            latest[title_of(data["model"]["file"], data["model"]["name"])] = path, data
     rows, about = [], []
-    for path, data in records("speed"):
-        if "ratios" not in data:
-            continue
-        model, settings = data["model"], data["settings"]
-        rows += _short_rows(data, title_of(model["file"], model["name"]))
+    for title, (path, data) in sorted(latest.items(), key=lambda item: _model_bytes(item[1][1])):
+        settings = data["settings"]
+        rows += _short_rows(data, title)
         about.append(
             f"`{data['command']}`: medians of {settings['repetitions']}, {data['date']},"
             f" {data['machine']}, {data['limits']['n_threads']} threads,"
@@ -245,6 +266,7 @@ def contention(page: Path) -> str:
         rows = [
             [
                 f"{r['n_threads']}{' beside one busy process' if r['busy'] else ''}",
+                str(r["processors"]),
                 *(f"{r[key]:.2f}" for key in ("ms", "ms_mean", "ms_p90", "ratio")),
             ]
             for r in data["results"]
@@ -255,7 +277,7 @@ def contention(page: Path) -> str:
             f" {data['processors']} may be used; {data['date']}, load before"
             f" {_shown(data['load_before'], '.1f')}; `{data['command']}` {_record(path, page)}."
         )
-        head = f"threads|ms, median|mean|90 %|median, of that of {data['processors']} threads alone"
+        head = "threads|processors|ms, median|mean|90 %|median, of that of a thread on each, alone"
         parts += [about, table(head.split("|"), rows)]
     return "\n\n".join(parts) or _missing("python bench/contention.py smollm2")
 
@@ -269,6 +291,7 @@ def startup(page: Path) -> str:
         rows.append(
             [
                 title,
+                data["machine"],
                 f"{data['n_prompt']}",
                 f"{data['seconds']:.2f}",
                 f"{data['seconds_python']:.2f}",
@@ -280,7 +303,10 @@ def startup(page: Path) -> str:
             f" {data['n_threads']} threads, {data['machine']}, {data['date']}, load before"
             f" {_shown(data['load_before'], '.1f')}; `{data['command']}` {_record(path, page)}."
         )
-    head = "model|tokens of prompt|s|of them bare Python|MB at most|model file|KV cache|beyond both"
+    head = (
+        "model|machine|tokens of prompt|s|of them bare Python|MB at most|model file|KV cache|"
+        "beyond both"
+    )
     if not rows:
         return _missing("python bench/startup.py smollm2")
     return "\n\n".join([table(head.split("|"), rows), "\n".join(about)])

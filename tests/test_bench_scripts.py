@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_the_busy_process_ends_with_its_context() -> None:
 
 
 def test_ratios_are_of_medians() -> None:
-    case = contention.Case(3, True, None, [4_000_000, 3_000_000, 2_000_000])  # type: ignore[arg-type]
+    case = contention.Case(3, 2, True, None, [4_000_000, 3_000_000, 2_000_000])  # type: ignore[arg-type]
     found = case.result(alone=1.5)
     assert (found["ms"], found["ms_mean"], found["ratio"]) == (3.0, 3.0, 2.0)
 
@@ -86,12 +87,26 @@ def test_a_run_that_fails_is_an_error() -> None:
 
 def test_contention_holds_its_claims_against_the_worst_cases() -> None:
     results = [
-        {"n_threads": 2, "busy": False, "ratio": 1.0},
-        {"n_threads": 4, "busy": False, "ratio": 1.1},
-        {"n_threads": 8, "busy": False, "ratio": 1.3},
-        {"n_threads": 2, "busy": True, "ratio": 2.0},
+        {"n_threads": 2, "processors": 2, "busy": False, "ratio": 1.0},
+        {"n_threads": 2, "processors": 1, "busy": False, "ratio": 1.3},
+        {"n_threads": 1, "processors": 1, "busy": False, "ratio": 1.0},
+        {"n_threads": 2, "processors": 2, "busy": True, "ratio": 2.0},
     ]
-    assert [(ratio, most) for _, ratio, most in contention.claims(results, 2)] == [
+    assert [(ratio, most) for _, ratio, most in contention.claims(results)] == [
         (2.0, 2.5),
-        (1.3, 1.2),
+        (1.3, 1.5),
     ]
+
+
+def test_confined_threads_get_their_processors_back() -> None:
+    before = os.sched_getaffinity(0)
+    with contention.confined(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "n_bytes", "kept"), [(0.4, 60e6, True), (0.41, 1e6, False), (0.1, 61e6, False)]
+)
+def test_startup_holds_its_claims(seconds: float, n_bytes: float, kept: bool) -> None:
+    assert startup.keeps_claims({"seconds": seconds, "bytes_beyond": n_bytes}) is kept

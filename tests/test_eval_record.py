@@ -14,7 +14,7 @@ from pykvq.eval import harness
 from pykvq.eval.harness import Text, evaluate
 from pykvq.eval.lanes import SessionPool
 from pykvq.eval.options import TASKS, Options
-from pykvq.eval.record import Record, RecordError, file_facts, pack, unpack
+from pykvq.eval.record import Record, RecordError, file_facts, pack, processor_of, unpack
 from pykvq.eval.tasks_text import KlTask
 
 SMALL = Options(
@@ -363,3 +363,20 @@ def test_options_are_checked() -> None:
 
 def test_every_task_that_has_a_name_can_be_made() -> None:
     assert tuple(harness.TASKS) == TASKS
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
+            "processor\t: 1\ncpu family\t: 9\nmodel\t\t: 9\nmodel name\t: Other\n",
+            "AMD EPYC (family 25, model 17)",
+        ),
+        ("processor\t: 0\nmodel name\t: ARMv8 Processor rev 1\n", "ARMv8 Processor rev 1"),
+        ("processor\t: 0\nCPU part\t: 0xd0c\n", ""),
+        ("", ""),
+    ],
+)
+def test_processors_are_named_with_family_and_model(cpuinfo: str, name: str) -> None:
+    assert processor_of(cpuinfo) == name

@@ -98,7 +98,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_tables_show_times_ratios_and_shares(results: Path) -> None:
     (results / "speed-m-x.json").write_text(json.dumps(record(peer=True, prompts=True)))
     lines = speed_tables.speed(PAGE).splitlines()
-    assert "### Some model" in lines
+    assert lines.index("### M, 2 cores") < lines.index("#### Some model")
     assert "| pykvq `skvq` | 8.00 (125) | 16.00 (62.5) |" in lines
     assert "| llama.cpp `f16 + fa` | 24.00 (41.7) | 64.00 (15.6) |" in lines
     assert "| prompt of 512, tokens/s | depth 0 |" in lines
@@ -123,6 +123,23 @@ def test_short_table_has_prompt_first_and_deepest_depth(results: Path) -> None:
     ]
 
 
+def test_machines_are_apart_and_the_last_measured_comes_first(results: Path) -> None:
+    older = record(peer=True, prompts=True)
+    newer = record(peer=True, prompts=True) | {"machine": "N, 4 cores", "date": "2026-01-03"}
+    newer["ratios"]["generation"]["0"] = 5.0
+    (results / "speed-m-m.json").write_text(json.dumps(older))
+    (results / "speed-m-n.json").write_text(json.dumps(newer))
+    lines = speed_tables.speed(PAGE).splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "### N, 4 cores",
+        "#### Some model",
+        "### M, 2 cores",
+        "#### Some model",
+    ]
+    short = speed_tables.speed_short(PAGE)
+    assert "| 5.00 |" in short and "N, 4 cores" in short and "M, 2 cores" not in short
+
+
 def test_long_prompts_have_a_table_of_their_own(results: Path) -> None:
     data = record(peer=True, prompts=True)
     data["settings"]["n_gen"] = 0
@@ -141,7 +158,7 @@ def test_long_prompts_have_a_table_of_their_own(results: Path) -> None:
 def test_a_record_without_a_peer_shows_its_peak_of_memory(results: Path) -> None:
     (results / "speed-alone-m-x.json").write_text(json.dumps(record(peer=False, prompts=False)))
     made = speed_tables.speed(PAGE)
-    assert "### Some model, alone" in made and "Peak resident memory 1.50 GB" in made
+    assert "\n#### Some model, alone\n" in made and "Peak resident memory 1.50 GB" in made
     assert "times as fast" not in made and "prompt of" not in made
     assert "No measurement is kept" in speed_tables.speed_short(PAGE)
 

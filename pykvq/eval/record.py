@@ -244,14 +244,26 @@ def unpack(text: str) -> npt.NDArray[np.float64]:
 # ---- provenance -----------------------------------------------------------------------------
 
 
+def processor_of(cpuinfo: str) -> str:
+    """The first processor's name in the text of /proc/cpuinfo; empty if it tells none.
+
+    On x86 with family and model: hypervisors give processors of several generations one name.
+    """
+    facts: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name, family, model = (facts.get(key, "") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})" if name and family and model else name
+
+
 def processor() -> str:
     """The processor's name, as the system tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        text = ""
+    return processor_of(text) or platform.processor()
 
 
 def machine() -> str:

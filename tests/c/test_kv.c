@@ -5,12 +5,13 @@
 
 /* ---- ring -------------------------------------------------------------------------------- */
 
-enum { MOST_HEADS = 2, PROFILE_D = 64 };
+enum { MOST_HEADS = 2, PROFILE_D = 64, PROFILE_MOST_D = 128 };
 
 /* A profile of one layer: T is a diagonal times a Hadamard, whose dual is the inverse diagonal
  * times the same. */
-static const kvq_profile *make_profile(void) {
-    enum { D = PROFILE_D };
+static const kvq_profile *make_profile(int d_head) {
+    enum { D = PROFILE_MOST_D };
+    const int d = kvq_padded_width(d_head);
     static float store[MOST_HEADS * D * D], query[MOST_HEADS * D * D], mean[MOST_HEADS * D];
     static float restore[MOST_HEADS * D * D], importance[MOST_HEADS * D], ones[] = {1, 1};
     static uint16_t order[MOST_HEADS * D], pair[MOST_HEADS * KVQ_WAVES];
@@ -18,8 +19,6 @@ static const kvq_profile *make_profile(void) {
     static uint8_t n_waves[MOST_HEADS] = {3, KVQ_WAVES};
     static kvq_profile p = {.n_layers = 1,
                             .n_heads = MOST_HEADS,
-                            .d_head = D,
-                            .d = D,
                             .label = "test",
                             .k_store = store,
                             .k_query = query,
@@ -36,6 +35,8 @@ static const kvq_profile *make_profile(void) {
                             .wave_pair = pair,
                             .n_waves = n_waves};
     const kvq_basis hadamard = {.kind = KVQ_BASIS_hadamard};
+    p.d_head = d_head;
+    p.d = d;
     test_normals(wave_u, sizeof wave_u / sizeof *wave_u, 31);
     test_normals(wave_w, sizeof wave_w / sizeof *wave_w, 32);
     for (size_t i = 0; i < sizeof wave_u / sizeof *wave_u; i++) {
@@ -43,24 +44,26 @@ static const kvq_profile *make_profile(void) {
         wave_w[i] *= 0.3f;
     }
     for (int i = 0; i < MOST_HEADS * KVQ_WAVES; i++) pair[i] = (uint16_t)(i % KVQ_WAVES * 2 + 1);
-    for (int i = 0; i < MOST_HEADS * D; i++) {
+    for (int i = 0; i < MOST_HEADS * d; i++) {
         float row[D] = {0};
-        row[i % D] = 1;
-        kvq_basis_store(&hadamard, &kvq_isa_ref, row, 1, D);
-        const float size = 1.5f - (float)(i % D) / D;
+        row[i % d] = 1;
+        kvq_basis_store(&hadamard, &kvq_isa_ref, row, 1, d);
+        const float size = 1.5f - (float)(i % d) / (float)d;
         mean[i] = 0.1f * (float)(i % 7);
-        importance[i] = powf(0.9f, (float)(i % D));
-        order[i] = (uint16_t)(i % D * 3 % D); /* 3 has no factor in common with 64 */
-        for (int j = 0; j < D; j++) {
-            store[(i / D * D + j) * D + i % D] = size * row[j];
-            query[(i / D * D + j) * D + i % D] = row[j] / size;
-            restore[i * D + j] = row[j] / size;
+        importance[i] = powf(0.9f, (float)(i % d));
+        order[i] =
+            (uint16_t)(i % d * 7 % d); /* 7 has no factor in common with a width that is tried */
+        for (int j = 0; j < d; j++) {
+            store[(i / d * d + j) * d + i % d] = size * row[j];
+            query[(i / d * d + j) * d + i % d] = row[j] / size;
+            restore[i * d + j] = row[j] / size;
         }
     }
     return &p;
 }
 
-/* The tracks of one layer. */
+/* The tracks of one layer; with a profile if the heads are those that all schemes are tried with,
+ * or if the scheme needs one. */
 static const char *make_tracks(kvq_track *tracks, const char *scheme, int n_heads, int d_head) {
     static const bool no_bias[1] = {false};
     kvq_plan_request request = {.n_layers = 1,
@@ -69,11 +72,12 @@ static const char *make_tracks(kvq_track *tracks, const char *scheme, int n_head
                                 .key_bias = no_bias,
                                 .l_k = -1,
                                 .l_v = -1};
-    if (d_head == PROFILE_D && n_heads == MOST_HEADS) request.profile = make_profile();
-    if (kvq_scheme_find(&request.scheme, scheme) != KVQ_OK ||
-        kvq_plan_make(tracks, &request) != KVQ_OK) {
-        return TEST_FAIL("%s", kvq_error());
+    if (kvq_scheme_find(&request.scheme, scheme) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
+    if (n_heads == MOST_HEADS &&
+        (d_head == PROFILE_D || request.scheme->profile == KVQ_PROFILE_NEEDED)) {
+        request.profile = make_profile(d_head);
     }
+    if (kvq_plan_make(tracks, &request) != KVQ_OK) return TEST_FAIL("%s", kvq_error());
     return NULL;
 }
 
@@ -334,20 +338,33 @@ static const char *attention_is_softmax_over_the_cache(void) {
     return NULL;
 }
 
+static const char *attention_at_widths(const int *widths, size_t n_widths,
+                                       const char *const *schemes, size_t n_schemes) {
+    for (size_t w = 0; w < n_widths; w++) {
+        make_inputs(widths[w], A_SHORT);
+        for (size_t i = 0; i < n_schemes; i++) {
+            const char *const broken = check_attention(schemes[i], widths[w], A_SHORT, 5);
+            if (broken) return broken;
+        }
+    }
+    return NULL;
+}
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
 /* Schemes without a profile that among them have every codec and basis that needs none. 40 is
  * padded to 48. */
 static const char *attention_at_other_widths_without_profile(void) {
     static const int widths[] = {16, 40, 80, 128, A_MOST_D};
     static const char *const schemes[] = {"f16",      "skvq", "skvq-k2v2", "asymkv",
                                           "asymkv-4", "nqkv", "nqkv-3",    "nqkv-2"};
-    for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
-        make_inputs(widths[w], A_SHORT);
-        for (size_t i = 0; i < sizeof schemes / sizeof *schemes; i++) {
-            const char *const broken = check_attention(schemes[i], widths[w], A_SHORT, 5);
-            if (broken) return broken;
-        }
-    }
-    return NULL;
+    return attention_at_widths(widths, COUNT(widths), schemes, COUNT(schemes));
+}
+
+static const char *attention_at_other_widths_with_profile(void) {
+    static const int widths[] = {40, 80, PROFILE_MOST_D};
+    static const char *const schemes[] = {"auto", "svdq"};
+    return attention_at_widths(widths, COUNT(widths), schemes, COUNT(schemes));
 }
 
 static const char *check_cuts(const char *scheme, int n_ctx, int trials) {
@@ -453,6 +470,8 @@ const kvq_test tests_kv[] = {
     {"kv: attention is softmax over the decoded cache", attention_is_softmax_over_the_cache},
     {"kv: the same at other widths of heads, without a profile",
      attention_at_other_widths_without_profile},
+    {"kv: the same at other widths of heads, with a profile",
+     attention_at_other_widths_with_profile},
     {"kv: attention does not depend on cuts or threads",
      attention_does_not_depend_on_cuts_or_threads},
     {"kv: both hold over several segments of a long context", both_hold_over_several_segments},
