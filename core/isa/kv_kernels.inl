@@ -432,29 +432,30 @@ U_CODEC(u4, 4)
 
 /* What the tokens of a block weigh for one query: p[t] times the scale of token t, as an integer in
  * units of `unit`. It is below 4096 and stands in two planes of six bits (vw in vec_*.h); or, where
- * the low plane takes whole bytes and that is enough, below 256 and in the low plane alone. The
- * rounding is far below the error of the values themselves. A weight of 0 stays 0. */
+ * that is enough, it is at most VW_LOW_MOST and stands in the low plane alone. The rounding is far
+ * below the error of the values themselves. A weight of 0 stays 0. */
 typedef struct token_weights {
     _Alignas(KVQ_ALIGN) uint8_t high[KVQ_BLOCK], low[KVQ_BLOCK];
     float unit, factor; /* factor: 1 / unit, of p times the code of the scale */
 } token_weights;
 
-/* Bytes are enough where the largest weight of the block is at most 1 / KV_BYTES_ENOUGH of what the
- * result will be divided by (kvq_weights), with scales that are half of the block's largest.
- * Rounding to 1 / 255 of that weight moves the result by no more than rounding to 1 / 4095 does
- * where one token has all the weight and values are alike in size. On models, whose sinks have much
- * weight and small values, it adds a third to the KL of planes of twelve bits everywhere, bytes
- * everywhere more than double it (the table in docs/speed.md). The choice depends on what one query
- * has met up to these blocks, not on what else is computed. */
-#define KV_BYTES_ENOUGH 16.0f
+/* The low plane is enough where the largest weight of the block is at most KV_LOW_ENOUGH of what
+ * the result will be divided by (kvq_weights), with scales that are half of the block's largest:
+ * 1/16 where the plane takes weights up to 255, 1/32 where up to 127, so rounding moves the result
+ * alike. That is no more than rounding to 1 / 4095 does where one token has all the weight and
+ * values are alike in size. On models, whose sinks have much weight and small values, it adds a
+ * third to the KL of planes of twelve bits everywhere, bytes everywhere more than double it (the
+ * table in docs/speed.md). The choice depends on what one query has met up to these blocks, not on
+ * what else is computed. */
+#define KV_LOW_ENOUGH (VW_LOW_MOST / 4080.0f)
 #define KV_USUAL_SCALE 128.0f
 
-/* The units of what the tokens weigh for the queries of a group; returns the bits of those that
- * take two planes. */
-KV_INLINE unsigned measure_weights(const int nq, token_weights *weights, const float *p,
-                                   const float *sum, const uint8_t *scales, float scale_unit) {
+/* The units of what the tokens weigh for the queries of a group; returns whether the low plane is
+ * enough for all of them. */
+KV_INLINE bool measure_weights(const int nq, token_weights *weights, const float *p,
+                               const float *sum, const uint8_t *scales, float scale_unit) {
     float factor[4], unit[4];
-    unsigned in_two = (1u << nq) - 1;
+    bool all_low = VW_LOW_MOST > 0;
     vf top[KV_QUERIES];
     for (int i = 0; i < KV_QUERIES; i++) top[i] = vf_zero();
     for (int t = 0; t < KVQ_BLOCK; t += VF_LANES) {
@@ -463,12 +464,12 @@ KV_INLINE unsigned measure_weights(const int nq, token_weights *weights, const f
     }
     const vf largest = vf_max(vf_largests(top), vf_set(KV_NEGLIGIBLE));
     vf most = vf_set(4095);
-#if VW_LOW_BYTES
+#if VW_LOW_MOST
     const vf divisor = vf_max(vf_load_first(sum, nq), vf_set(1.0f));
-    const vf enough = vf_mul(divisor, vf_set(KV_USUAL_SCALE / KV_BYTES_ENOUGH));
+    const vf enough = vf_mul(divisor, vf_set(KV_USUAL_SCALE * KV_LOW_ENOUGH));
     const vf spare = vf_sub(enough, largest);
-    most = vf_where_negative(spare, most, vf_set(255));
-    in_two &= vf_negative(spare); /* lanes without a query say nothing */
+    most = vf_where_negative(spare, most, vf_set(VW_LOW_MOST));
+    all_low = (vf_negative(spare) & ((1u << nq) - 1)) == 0; /* other lanes have no query */
 #else
     (void)sum;
 #endif
@@ -478,13 +479,13 @@ KV_INLINE unsigned measure_weights(const int nq, token_weights *weights, const f
         weights[i].factor = factor[i];
         weights[i].unit = unit[i];
     }
-    return in_two;
+    return all_low;
 }
 
-/* Weights in integers, once they are measured: queries that are not in_two need the low plane
- * alone, and zeros in the high one only where it is read for another query. */
+/* Weights in integers, once they are measured: in the low plane if all the group's queries need no
+ * more, else in two. */
 KV_INLINE void round_weights(const int nq, token_weights *weights, const float *p,
-                             const uint8_t *scales, const unsigned in_two) {
+                             const uint8_t *scales, const bool all_low) {
     for (int t = 0; t < KVQ_BLOCK; t += 4 * VF_LANES) {
         vf scale[4];
         for (int j = 0; j < 4; j++) scale[j] = vf_load_u8(scales + t + j * VF_LANES);
@@ -496,14 +497,13 @@ KV_INLINE void round_weights(const int nq, token_weights *weights, const float *
                 const vf weight = vf_load(p + i * KVQ_BLOCK + t + j * VF_LANES);
                 rounded[j] = vi_from_vf(vf_mul(vf_mul(weight, scale[j]), factor));
             }
-#if VW_LOW_BYTES
-            if (!(in_two >> i & 1)) {
+#if VW_LOW_MOST
+            if (all_low) {
                 vi_store_bytes(low, rounded);
-                if (in_two) memset(high, 0, 4 * VF_LANES);
                 continue;
             }
 #else
-            (void)in_two;
+            (void)all_low;
 #endif
             vi_store_sixes(high, low, rounded);
         }
@@ -515,27 +515,28 @@ KV_INLINE void round_weights(const int nq, token_weights *weights, const float *
 KV_INLINE unsigned weigh_tokens(const int nq, token_weights weights[][KV_QUERIES], const float *p,
                                 size_t stride, const float *sum, const kvq_blocks *blocks,
                                 size_t scales_at) {
-    unsigned in_two[KVQ_BLOCKS_AT_ONCE], low = 0;
+    bool all_low[KVQ_BLOCKS_AT_ONCE];
+    unsigned low = 0;
     for (int b = 0; b < blocks->n; b++) {
         const float unit = load_half(blocks->at[b]) * KVQ_LEVEL_UNIT;
-        in_two[b] = measure_weights(nq, weights[b], p + (size_t)b * stride, sum,
-                                    blocks->at[b] + scales_at, unit);
+        all_low[b] = measure_weights(nq, weights[b], p + (size_t)b * stride, sum,
+                                     blocks->at[b] + scales_at, unit);
     }
     for (int b = 0; b < blocks->n; b++) {
         const float *const p_b = p + (size_t)b * stride;
         const uint8_t *const scales = blocks->at[b] + scales_at;
-        if (VW_LOW_BYTES && in_two[b] == 0) { /* a constant, as it mostly is */
-            round_weights(nq, weights[b], p_b, scales, 0);
+        if (VW_LOW_MOST && all_low[b]) { /* a constant, as it mostly is */
+            round_weights(nq, weights[b], p_b, scales, true);
             low |= 1u << b;
         } else
-            round_weights(nq, weights[b], p_b, scales, in_two[b]);
+            round_weights(nq, weights[b], p_b, scales, false);
     }
     return low;
 }
 
 /* s0 and s1 weighed by what the tokens from t on weigh for one query, and what such sums come to.
  */
-#if VW_LOW_BYTES
+#if VW_LOW_MOST
 #define KV_LOW_PLANE(RESULT)                                                                       \
     if (all_low) return RESULT;
 #else
@@ -611,7 +612,7 @@ KV_INLINE void accum_c8_group(const int nq, float *o, const float *p, size_t str
             for (int c = first; c < first + group; c += VF_LANES) {
                 const uint8_t *const at = words + c / 16 * 192 + c % 16 * 4;
                 if (c % 16 == 0) fetch_lines(at + ahead, 192);
-                if (VW_LOW_BYTES && low >> b & 1)
+                if (VW_LOW_MOST && low >> b & 1)
                     c8_weigh(nq, true, o + c, d, at, weights[b]);
                 else
                     c8_weigh(nq, false, o + c, d, at, weights[b]);

@@ -274,7 +274,7 @@ KV_INLINE void accum_trellis_group(const int nq, const int bits, const int8_t *l
         for (int c = 0; c < d; c += VF_LANES) {
             const uint8_t *const at = words + (c / 16 * 2 * bits * 16 + c % 16) * 4;
             if (c % 16 == 0) fetch_lines(at + ahead, (size_t)(8 * bits) * 16);
-            if (VW_LOW_BYTES && low >> b & 1)
+            if (VW_LOW_MOST && low >> b & 1)
                 trellis_weigh(nq, true, bits, levels, o + c, d, at, weights[b]);
             else
                 trellis_weigh(nq, false, bits, levels, o + c, d, at, weights[b]);

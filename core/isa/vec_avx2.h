@@ -48,6 +48,9 @@ static inline vf vf_neg_abs(vf a) { return _mm256_or_ps(a, vf_set(-0.0f)); }
 static inline vf vf_where_negative(vf x, vf yes, vf no) { /* by the sign bit of x */
     return _mm256_blendv_ps(no, yes, x);
 }
+static inline unsigned vf_negative(vf a) { /* a bit for each lane */
+    return (unsigned)_mm256_movemask_ps(a);
+}
 
 /* x - floor(x), of which anything for -inf, and y * 2^floor(x) for x <= 0 and y in 1..2: exactly 0
  * for x = -inf and, unless there is gradual underflow, for x < -126. */
@@ -354,7 +357,6 @@ static inline vi vd_total(vd sum, int bits) {
 /* vw: sums of weighed bytes, each lane those of its four. A weight of 12 bits comes as its high and
  * low six: two products fit 16 bits then, and a second two may be added to them. */
 typedef vi vw;
-#define VW_LOW_BYTES 0 /* products with whole bytes do not fit */
 static inline vw vw_zero(void) { return vi_zero(); }
 static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
     const vi of_high = vi_add16(vi_madd_u8s8(high.first, s0), vi_madd_u8s8(high.last, s1));
@@ -366,6 +368,17 @@ static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
 }
 static inline vi vw_total(vw sum) { return sum; }
 
+/* The low plane alone takes seven bits: two products of 127 fit 16 bits, 2 * 127 * 127 < 2^15. */
+#define VW_LOW_MOST 127
+static inline vw vw_add_low(const bool two_sums, vw sum, v8 low, vb s0, vb s1) {
+    (void)two_sums;
+    sum = vi_add(sum, vi_widen16(vi_madd_u8s8(low.first, s0)));
+    sum = vi_add(sum, vi_widen16(vi_madd_u8s8(low.last, s1)));
+    __asm__("" : "+x"(sum)); /* now, as in vi_dot16 */
+    return sum;
+}
+static inline vi vw_total_low(vw sum) { return sum; }
+
 /* vp: sums of weighed bytes of c8, whose words have eight tokens of a pair of channels: loaded so
  * that v16 finds its tokens. vp_total: x and y of the pairs as 8 channels. */
 typedef vw vp;
@@ -374,13 +387,20 @@ static inline vb vb_load_pairs(const uint8_t *p) { return vb_load(p); }
 static inline vp vp_add(vp sum, v16 high, v16 low, vb s0, vb s1) {
     return vw_add(sum, high, low, s0, s1);
 }
+static inline vp vp_add_low(const bool two_sums, vp sum, v16 low, vb s0, vb s1) {
+    return vw_add_low(two_sums, sum, low, s0, s1);
+}
 static inline vi vp_total(vp x, vp y) { return vi_add_pairs(vw_total(x), vw_total(y)); }
+static inline vi vp_total_low(vp x, vp y) { return vp_total(x, y); }
 
 /* The low bytes of the lanes, which are in -128..127, in their order. */
 static inline vb vb_from_vi(const vi a[4]) {
     const __m256i first = _mm256_packs_epi32(a[0], a[1]), last = _mm256_packs_epi32(a[2], a[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works in halves */
     return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
+}
+static inline void vi_store_bytes(uint8_t *p, const vi a[4]) { /* of lanes in 0..127 */
+    _mm256_storeu_si256((__m256i *)p, vb_from_vi(a));
 }
 /* The high and the low six of lanes in 0..4095, as bytes in their order. */
 static inline void vi_store_sixes(uint8_t *high, uint8_t *low, const vi a[4]) {

@@ -335,9 +335,9 @@ static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
 }
 static inline vi vw_total(vw sum) { return vi_add(vi_shl(sum.high, 6), sum.low); }
 
-/* The low plane takes whole bytes here. Alone it may have two sums, for the first four weights and
+/* The low plane alone takes whole bytes. It may have two sums then, for the first four weights and
  * the last: products of few queries would wait for each other. */
-#define VW_LOW_BYTES 1
+#define VW_LOW_MOST 255
 static inline vw vw_add_low(const bool two_sums, vw sum, v8 low, vb s0, vb s1) {
     if (two_sums) {
         sum.high = _mm512_dpbusd_epi32(sum.high, low.first, s0);

@@ -287,7 +287,7 @@ static inline vi vd_total(vd sum, int bits) {
 typedef struct vw {
     vd high, low;
 } vw;
-#define VW_LOW_BYTES 0 /* products are of signed bytes */
+#define VW_LOW_MOST 0 /* the low plane is never alone */
 static inline vw vw_zero(void) { return (vw){vd_zero(), vd_zero()}; }
 static inline vw vw_add(vw sum, v8 high, v8 low, vb s0, vb s1) {
     return (vw){vd_add(sum.high, s0, s1, high), vd_add(sum.low, s0, s1, low)};

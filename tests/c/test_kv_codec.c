@@ -435,8 +435,8 @@ static const char *check_scores(const kvq_isa *isa, codec_case which, int d, int
 }
 
 /* What the tokens of a block weigh for a query. Where none weighs much beside what the result is
- * divided by, AVX-512 takes weights of 8 bits, else of 12 like the other sets (weigh_tokens in
- * kv_kernels.inl). */
+ * divided by, AVX-512 takes weights of 8 bits and AVX2 of 7, else of 12 like the other sets
+ * (weigh_tokens in kv_kernels.inl). */
 typedef enum weighing { FLAT, PEAKED, FAINT, LATE, WEIGHINGS } weighing;
 static const char *const weighing_names[WEIGHINGS] = {"alike", "of one token", "faint", "late"};
 static const float sum_before[WEIGHINGS] = {[FAINT] = 1, [LATE] = 100};
@@ -446,15 +446,21 @@ static float weight_of(weighing how, int t, unsigned long long *state) {
     return how == FLAT ? any : how == FAINT ? 0.02f * peaked : peaked;
 }
 
-/* How far a sum may be off, of the sum of the magnitudes of its parts. Rounding 64 weights to 1/255
- * of their largest moves it by sqrt(64 / 12) / 255 = 1.1 % of what the largest gives, as a standard
- * deviation, of which five are allowed: where weights are alike, their sum is at least 32 times the
- * largest; a faint block has tokens beside it that weigh 50 times as much as its largest, a late
- * one 100 times, with values half as large as its own. */
+/* The largest weight in the fewer bits that a set takes where they are enough; 0: it never does. */
+static float fewer_bits(const kvq_isa *isa) {
+    return strcmp(isa->name, "avx512") == 0 ? 255 : strcmp(isa->name, "avx2") == 0 ? 127 : 0;
+}
+
+/* How far a sum may be off, of the sum of the magnitudes of its parts. Rounding 64 weights to
+ * 1 / most of their largest moves it by sqrt(64 / 12) / most of what the largest gives, as a
+ * standard deviation, of which five are allowed: where weights are alike, their sum is at least 32
+ * times the largest; a faint block has tokens beside it that weigh 50 times as much as its largest,
+ * a late one 100 times, with values half as large as its own. */
 static float most_off(const kvq_isa *isa, kvq_codec_id id, weighing how) {
     const bool rounds = id == KVQ_CODEC_c8 || id == KVQ_CODEC_t1 || id == KVQ_CODEC_t2;
-    const bool bytes = rounds && how != PEAKED && strcmp(isa->name, "avx512") == 0;
-    return bytes ? 5 * 0.0113f / 32 : most_accum_off[id];
+    const float most = fewer_bits(isa);
+    if (!rounds || how == PEAKED || most == 0) return most_accum_off[id];
+    return 5 * 2.31f / most / 32;
 }
 
 /* hows[i]: how query i weighs. */
