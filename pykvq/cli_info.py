@@ -164,7 +164,7 @@ def _show_machine(facts: dict[str, Any]) -> None:
 
 
 def _cost(model: Model, scheme: Scheme, n_ctx: int, given: dict[str, Any]) -> dict[str, Any]:
-    """What the cache of a scheme takes; if there can be none here, `missing` says what it lacks.
+    """What the cache of a scheme takes; if there can be none here, `missing` says why.
 
     Args:
         model: The model.
@@ -182,10 +182,9 @@ def _cost(model: Model, scheme: Scheme, n_ctx: int, given: dict[str, Any]) -> di
     with options.checked():
         plan = model.plan(kv=scheme.name, n_ctx=n_ctx, n_batch=1, **given)
     cost["bits_sealed"] = plan.stats.bits_sealed
-    if plan.fits:
-        cost["bytes"], cost["bits_full"] = plan.stats.bytes_kv, plan.stats.bits_full
-        cost["bytes_tables"] = plan.stats.bytes_tables
-    else:
+    cost["bytes"], cost["bits_full"] = plan.stats.bytes_kv, plan.stats.bits_full
+    cost["bytes_tables"] = plan.stats.bytes_tables
+    if not plan.fits:
         cost["missing"] = "more than the memory"
     return cost
 
@@ -259,11 +258,15 @@ def _show_model(model: Model, n_ctx: int, costs: list[dict[str, Any]], switched_
     for name in ("scheme", "size", "profile", "bits per element", "of a sealed block"):
         cache.add_column(name)
     for cost in costs:
+        told = [size(cost["bytes"])] if cost["bytes"] is not None else []
+        told += [cost["missing"]] if cost["missing"] else []
         cache.add_row(
             cost["kv"] if cost["copes_with_keys"] else f"{cost['kv']} *",
-            cost["missing"] or size(cost["bytes"]),
+            ", ".join(
+                part for part in (cost["bytes"] and size(cost["bytes"]), cost["missing"]) if part
+            ),
             size(cost["bytes_tables"]) if cost["bytes_tables"] else "",
-            "" if cost["missing"] else f"{cost['bits_full']:.3f}",
+            "" if cost["bits_full"] is None else f"{cost['bits_full']:.3f}",
             f"{cost['bits_sealed']:.3f}",
         )
     if model.has_key_bias:

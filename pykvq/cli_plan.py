@@ -111,6 +111,10 @@ def _plan(
             f"--kv-bits is {kv_bits:g}, but the bits of {', '.join(chosen)} are fixed; choose auto"
             " for a budget."
         )
+    if kv_bits is not None and all(own for scheme, own in chosen.values() if scheme.has_budget):
+        raise UsageError(
+            f"--kv-bits is {kv_bits:g}, but --kv names the bits already: {', '.join(chosen)}."
+        )
     given.update(device)
     memory = args.memory
     if memory is None and args.device == "cpu":

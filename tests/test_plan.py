@@ -710,6 +710,7 @@ def test_sizes_are_read_in_the_units_that_they_name(text: str, n_bytes: int) -> 
         (["{tiny}", "--kv", "skvq:2"], r"'skvq:2' gives bits to the KV scheme skvq"),
         (["{tiny}", "--kv", "auto:0"], r"--kv-bits is 0"),
         (["{tiny}", "--kv", "skvq,f16", "--kv-bits", "2"], r"the bits of skvq, f16 are fixed"),
+        (["{tiny}", "--kv", "auto:1.5,f16", "--kv-bits", "2"], r"already: auto:1\.5, f16"),
         (["{tiny}", "--kv", "auto", "--kv-bits", "0.3"], r"0\.3 bits .* auto takes 0\.\d+ to 6"),
         (["{tiny}", "--kv", "auto", "--profile", "none"], r"auto needs a profile of the model"),
         (["{tiny}", "--profile", "no-such"], r"profile no-such is not there"),
