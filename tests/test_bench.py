@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import gc
 import json
 import math
 import shlex
@@ -455,6 +456,19 @@ def test_a_peer_runs_the_same_tests_in_all_its_settings(peer_record: dict[str, o
         assert all(math.isfinite(found[kind][depth]) for depth in ("0", "300"))
     assert "llama.cpp" in str(peer_record["versions"])
     assert "its best" in render(peer_record, "md")
+
+
+def test_llama_cpp_can_be_used_when_the_peer_is_gone(tiny_path: Path) -> None:
+    needs_llama_cpp()
+    from pykvq.bench import peer
+
+    model = peer.LlamaModel(str(tiny_path))
+    api, errors = model.api, model.errors
+    model.close()
+    del model
+    gc.collect()
+    assert not api.llama_model_load_from_file(b"/none", api.llama_model_default_params())
+    assert errors  # what it said went where it was told to
 
 
 def test_the_peer_is_filled_to_what_was_asked_and_goes_on(tiny: Model) -> None:

@@ -44,6 +44,10 @@ def require_llama_cpp() -> Any:
         ) from error
 
 
+#: What llama.cpp tells its messages to: whoever uses it in this process, so it outlives the models.
+_log_in_use: list[Any] = []
+
+
 class LlamaModel(Closing):
     """A model loaded by llama.cpp.
 
@@ -72,16 +76,16 @@ class LlamaModel(Closing):
                 "The peer llama.cpp was built for the CPU alone, but pykvq is timed on a GPU;"
                 " `--device cpu` times both on the CPU."
             )
-        self.errors: list[str] = []
+        self.errors = errors = list[str]()
         self._model: Any = None
 
         @self.api.llama_log_callback  # type: ignore[untyped-decorator]
         def log(level: int, text: bytes, _: object) -> None:
             if level == _ERROR:
-                self.errors.append(text.decode("utf-8", "replace").strip())
+                errors.append(text.decode("utf-8", "replace").strip())
 
-        self._log = log  # which llama.cpp calls as long as it works
         self.api.llama_log_set(log, None)
+        _log_in_use[:] = [log]
         self.api.llama_backend_init()
         info = self.api.llama_print_system_info().decode("utf-8", "replace")
         self.build = " ".join(info.strip(" |").split())
